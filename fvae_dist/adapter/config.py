@@ -1,0 +1,130 @@
+"""FVAELoraConfig: everything that defines an FVAE-LoRA adapter, as a PEFT configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+
+from fvae_dist.adapter.registration import add_peft_type
+
+
+def _field(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class FVAELoraConfig(PeftConfig):
+    """Configuration of FVAE-LoRA (arXiv 2510.19640); defaults are those of the published runs.
+
+    The update of an adapted linear is `y = W x + lora_alpha / (r + 1e-5) * B z1`. Weights named `*_weight` multiply
+    the terms of the objective, see `fvae_dist.adapter.objective`.
+
+    Raises:
+        ValueError: a value that cannot define an adapter; the message opens with the field's name.
+    """
+
+    r: int = _field(16, "Dimension of the latents z1 and z2.")
+    lora_alpha: float = _field(16.0, "The update is scaled by lora_alpha / (r + 1e-5).")
+    target_modules: list[str] | str | None = _field(
+        None, "Module names, a regular expression, or 'all-linear'; default: PEFT's choice for the architecture."
+    )
+    exclude_modules: list[str] | str | None = _field(None, "Names or a regular expression of modules left alone.")
+    layers_to_transform: list[int] | int | None = _field(None, "Adapt only the layers with these indexes.")
+    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list that layers_to_transform indexes.")
+    modules_to_save: list[str] | None = _field(None, "Other modules that are trained whole and saved along.")
+    bias: Literal["none"] = _field("none", "Biases of the base model stay frozen.")
+
+    encoder_layers: int = _field(1, "Hidden layers of each encoder trunk; 0: the heads read x directly.")
+    encoder_hidden: int = _field(16, "Width of the encoder trunks.")
+    encoder_dropout: float = _field(0.1, "Dropout after each hidden layer of the encoders.")
+    encoder_shared_trunk: bool = _field(True, "Mean and log-variance share one trunk; else each has its own.")
+    decoder_layers: int = _field(3, "Hidden layers of the decoder.")
+    decoder_hidden: int = _field(128, "Width of the decoder.")
+    decoder_dropout: float = _field(0.1, "Dropout after each hidden layer of the decoder.")
+    latent_fusion: Literal["concat", "average"] = _field("concat", "What the decoder reads of z1 and z2.")
+    z2_prior_mean: float = _field(1.5, "Mean of z2's prior, in every dimension.")
+    z2_prior_std: float = _field(1.0, "Standard deviation of z2's prior.")
+    objective: Literal["official", "paper", "vae2lat", "beta_vae2lat"] = _field("official", "Form of the objective.")
+    task_weight: float = _field(1000.0, "Weight of the task loss.")
+    reconstruction_weight: float = _field(1.0, "Weight of the reconstruction term nll.")
+    kl_weight: float = _field(1.0, "Weight of KL(q1 || N(0, I)).")
+    z1_weight: float = _field(1.0, "official: weight of -mean(z1^2).")
+    z2_weight: float = _field(1.0, "official: weight of mean((z2 - z2_prior_mean)^2).")
+    factorization_weight: float = _field(0.1, "paper: weight delta of the factorising term Gamma.")
+    side_loss_reduction: Literal["mean", "sum"] = _field("mean", "How the layers' negative ELBOs are combined.")
+    detach_input: bool = _field(False, "Stop the side loss's gradient into the layer's input.")
+    kernel: Literal["auto", "torch", "fused"] = _field("auto", "Implementation of the adapter's operations.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_sizes()
+        self._check_choices()
+        self._check_numbers()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform")
+
+    @property
+    def scaling(self) -> float:
+        """Factor of B z1 in the layer's output."""
+        return self.lora_alpha / (self.r + 1e-5)
+
+    def _check_sizes(self) -> None:
+        for name, least in {
+            "r": 1,
+            "encoder_hidden": 1,
+            "decoder_hidden": 1,
+            "encoder_layers": 0,
+            "decoder_layers": 0,
+        }.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "bias": ("none",),
+            "latent_fusion": ("concat", "average"),
+            "objective": ("official", "paper", "vae2lat", "beta_vae2lat"),
+            "side_loss_reduction": ("mean", "sum"),
+            "kernel": ("auto", "torch", "fused"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("encoder_shared_trunk", "detach_input"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.objective != "official":
+            raise ValueError(f"objective {self.objective!r} is not available in this version; use 'official'")
+        if self.detach_input:
+            raise ValueError("detach_input is not available in this version")
+        if self.kernel == "fused":
+            raise ValueError("kernel 'fused' is not available in this version; use 'auto' or 'torch'")
+
+    def _check_numbers(self) -> None:
+        for name in ("encoder_dropout", "decoder_dropout"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+        for name in ("lora_alpha", "z2_prior_std", "task_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"{name} must be a number > 0, got {value!r}")
+        for name in ("reconstruction_weight", "kl_weight", "z1_weight", "z2_weight", "factorization_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        if not _is_number(self.z2_prior_mean):
+            raise ValueError(f"z2_prior_mean must be a number, got {self.z2_prior_mean!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

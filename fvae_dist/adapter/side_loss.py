@@ -1,0 +1,242 @@
+"""How the layers' negative ELBOs reach the loss.
+
+    with side_loss.collect(model) as c:
+        out = model(**batch)
+    loss = task_weight * out.loss + c.neg_elbo
+
+Each adapted layer, in training mode, hands its negative ELBO per token to the open collector. The mask of tokens that
+count and the mean over them are applied here, outside the layer, so that nothing inside a checkpointed region depends
+on the collector: recomputation in the backward pass repeats the layer's work exactly, reports to nobody, and keeps
+nothing alive. Gradients are exact without checkpointing and with non-reentrant checkpointing; a reentrant first
+forward runs without gradients, which is an error here and not a silently missing gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fvae_dist.adapter.objective import TokenTerms, wide
+
+ACTIVE_VARIANCE = 0.01
+_open_collectors: list[Collector] = []
+_warned_uncollected = False
+
+
+@dataclass
+class _Entry:
+    """Sums over the counted tokens of one (layer, adapter)."""
+
+    name: str
+    adapter: str
+    reduction: str
+    neg_elbo: Tensor | None = None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    num_tokens: Tensor | None = None
+
+    def add(self, key: str, value: Tensor) -> None:
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+
+class Collector:
+    """What the adapted layers of one model reported during one `collect` block.
+
+    Attributes after the block (all sums and means run over the tokens that count, fp32):
+        neg_elbo: scalar, differentiable; per adapter the mean (or sum, `side_loss_reduction`) over its layers of the
+            token mean of the negative ELBO.
+        terms: name -> detached (L,) tensor, L reporting layers in model order: nll, kl_z1, z1_sq, z2_sq, neg_elbo
+            (token means) and active_z1 (dimensions of z1 whose mean varies over tokens by more than 0.01).
+        layer_names: the L module names.
+        num_tokens: scalar tensor, tokens that counted.
+    """
+
+    def __init__(self, model: nn.Module, token_mask: Tensor | None, with_terms: bool):
+        self._mask = token_mask
+        self._explicit_mask = token_mask is not None
+        self._with_terms = with_terms
+        self._grad_enabled = torch.is_grad_enabled()
+        self._names = {module: name for name, module in model.named_modules() if hasattr(module, "fvae_vae")}
+        self._entries: dict[tuple[nn.Module, str], _Entry] = {}
+
+    # ------------------------------------------------------------------------------------------------- results
+
+    @property
+    def neg_elbo(self) -> Tensor:
+        """Scalar side loss of the block's tokens; raises ValueError if no layer reported or no token counts."""
+        self._require_tokens()
+        return self._combine(lambda entry: entry.neg_elbo / entry.num_tokens)
+
+    @property
+    def neg_elbo_sum(self) -> Tensor:
+        """As `neg_elbo`, but summed over the tokens: to be divided by the tokens of a larger batch. 0 if none."""
+        self._require_reports()
+        return self._combine(lambda entry: entry.neg_elbo)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens that counted, a scalar tensor."""
+        self._require_reports()
+        return torch.stack([entry.num_tokens for entry in self._entries.values()]).max()
+
+    @property
+    def layer_names(self) -> list[str]:
+        return [entry.name for entry in self._entries.values()]
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Detached per-layer token means; see the class."""
+        self._require_tokens()
+        return terms_from_sums(self.sums())
+
+    def sums(self) -> dict[str, Tensor]:
+        """Detached per-layer sums over tokens (L, ...), additive over micro-batches and ranks; `num_tokens` (L,)."""
+        entries = list(self._entries.values())
+        sums = {key: torch.stack([entry.sums[key] for entry in entries]) for key in entries[0].sums}
+        sums["num_tokens"] = torch.stack([entry.num_tokens for entry in entries])
+        return sums
+
+    def _combine(self, per_layer) -> Tensor:
+        groups: dict[str, list[_Entry]] = {}
+        for entry in self._entries.values():
+            groups.setdefault(entry.adapter, []).append(entry)
+        totals = []
+        for entries in groups.values():
+            stacked = torch.stack([per_layer(entry) for entry in entries])
+            totals.append(stacked.sum() if entries[0].reduction == "sum" else stacked.mean())
+        return torch.stack(totals).sum()
+
+    def _require_reports(self) -> None:
+        if not self._entries:
+            raise ValueError(
+                "no FVAE-LoRA layer reported a side loss: the model must be in training mode (model.train()), have an "
+                "active FVAE-LoRA adapter, and run its forward inside the collect block"
+            )
+
+    def _require_tokens(self) -> None:
+        self._require_reports()
+        if not bool(self.num_tokens > 0):
+            raise ValueError("no token counts: the token mask is empty")
+
+    # ------------------------------------------------------------------------------------------------- reporting
+
+    def _see_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before each forward of the model: which tokens of it count, where the caller did not say."""
+        if self._explicit_mask:
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is None or (torch.is_tensor(mask) and mask.dim() == 2):
+            self._mask = mask
+        else:
+            raise ValueError(
+                "side_loss.collect cannot tell from this attention_mask which tokens count; pass token_mask="
+            )
+
+    def accepts(self, layer: nn.Module) -> bool:
+        return layer in self._names
+
+    def add(self, layer: nn.Module, adapter: str, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
+        """Take one layer's report: neg_elbo and terms (...), mean1 (..., R)."""
+        name = self._names[layer]
+        trainable = any(parameter.requires_grad for parameter in layer.fvae_vae[adapter].parameters())
+        if self._grad_enabled and trainable and not neg_elbo.requires_grad:
+            raise RuntimeError(
+                f"{name}: the side loss has no gradient, so it would silently not train. This is what reentrant "
+                "gradient checkpointing does; use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        mask = self._mask_for(name, neg_elbo)
+        entry = self._entries.get((layer, adapter))
+        if entry is None:
+            reduction = layer.fvae_config[adapter].side_loss_reduction
+            entry = self._entries[(layer, adapter)] = _Entry(name, adapter, reduction)
+        total = (neg_elbo * mask).sum()
+        entry.neg_elbo = total if entry.neg_elbo is None else entry.neg_elbo + total
+        counted = mask.sum()
+        entry.num_tokens = counted if entry.num_tokens is None else entry.num_tokens + counted
+        if self._with_terms:
+            _add_terms(entry, mask, total, terms, mean1)
+
+    def _mask_for(self, name: str, values: Tensor) -> Tensor:
+        if self._mask is None:
+            return torch.ones_like(values, requires_grad=False)
+        mask = self._mask.to(device=values.device, dtype=values.dtype)
+        if mask.numel() != values.numel():
+            raise ValueError(
+                f"{name} saw {values.numel()} tokens where the token mask has {mask.numel()}: layers that see only "
+                "some tokens (experts of a mixture, cross-attention) cannot be adapted with a token mask"
+            )
+        return mask.reshape(values.shape)
+
+
+@torch.no_grad()
+def _add_terms(entry: _Entry, mask: Tensor, total: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
+    for key, value in terms._asdict().items():
+        entry.add(key, (value.detach() * mask).sum())
+    entry.add("neg_elbo", total.detach())
+    mean1 = wide(mean1.detach()).reshape(-1, mean1.shape[-1])
+    weights = mask.reshape(-1, 1)
+    entry.add("mean1", (mean1 * weights).sum(0))
+    entry.add("mean1_sq", (mean1.square() * weights).sum(0))
+
+
+def terms_from_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per-layer token means (L,) from `Collector.sums` (added up over micro-batches and ranks as needed)."""
+    num_tokens = sums["num_tokens"].clamp(min=1)
+    terms = {key: value / num_tokens for key, value in sums.items() if value.dim() == 1 and key != "num_tokens"}
+    mean = sums["mean1"] / num_tokens[:, None]
+    variance = sums["mean1_sq"] / num_tokens[:, None] - mean.square()
+    terms["active_z1"] = (variance > ACTIVE_VARIANCE).sum(-1).to(mean.dtype)
+    return terms
+
+
+@contextmanager
+def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = True) -> Iterator[Collector]:
+    """Collect the side loss of every forward of `model` inside the block.
+
+    Args:
+        model: a model with FVAE-LoRA layers (a PeftModel, or one that contains it), in training mode.
+        token_mask: 1 for tokens that count, the shape of input_ids; default: the 2-D `attention_mask` that the forward
+            receives as a keyword, all tokens without one.
+        terms: also keep the detached terms; False saves their small cost.
+
+    Yields:
+        A `Collector`, to be read after the forward.
+
+    Raises:
+        RuntimeError: a layer's side loss has no gradient though it should (reentrant checkpointing).
+        ValueError: mask and layer disagree on the number of tokens.
+    """
+    collector = Collector(model, token_mask, terms)
+    hook = model.register_forward_pre_hook(collector._see_forward, with_kwargs=True)
+    _open_collectors.append(collector)
+    try:
+        yield collector
+    finally:
+        _open_collectors.remove(collector)
+        hook.remove()
+
+
+def report(layer: nn.Module, adapter: str, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
+    """Called by an adapted layer in training mode, once a forward; recomputation reports to nobody."""
+    if torch._C._current_graph_task_id() != -1:
+        return
+    for collector in reversed(_open_collectors):
+        if collector.accepts(layer):
+            collector.add(layer, adapter, neg_elbo, terms, mean1)
+            return
+    _warn_uncollected(neg_elbo)
+
+
+def _warn_uncollected(neg_elbo: Tensor) -> None:
+    global _warned_uncollected
+    if neg_elbo.requires_grad and not _warned_uncollected:
+        _warned_uncollected = True
+        warnings.warn(
+            "FVAE-LoRA layers ran in training mode and nothing collects their side loss: without it this is LoRA with "
+            "noise. Use fvae_dist.FVAETrainerMixin, or side_loss.collect(model) around the forward.",
+            stacklevel=2,
+        )

@@ -1,0 +1,280 @@
+"""Data: from the recipe's sources to token ids and labels on disk, tokenised once and memory-mapped by every process.
+
+    prepared = prepare_data(recipe.data, tokenizer, seed=42, output_dir="runs/a", is_builder=local_rank == 0)
+    SFTTrainer(train_dataset=prepared.train, args=SFTConfig(..., dataset_kwargs={"skip_prepare_dataset": True}))
+
+Nothing leaves the data in silence: records that are cut or dropped are counted, per source, in the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from trl import pack_dataset
+
+from fvae_dist.training.data_cache import build_or_load, wait_and_load
+from fvae_dist.training.recipe import DataSection, RecipeError, SourceSection
+from fvae_dist.training.sources import check_source, fingerprint_source, read_records, source_name
+from fvae_dist.training.tokenization import Outcome, render_example, resolve_chat_template, tokenize_batch
+
+__all__ = ["PreparedData", "prepare_data", "render_example"]
+
+logger = logging.getLogger(__name__)
+
+_CACHE_FORMAT = 1  # part of the key: raise it when the same inputs give other tokens
+_LARGE_NUM_RECORDS = 200_000  # from here on tokenising takes minutes and deserves a progress bar
+_BATCH_ROWS = 1000
+
+_RECORD = datasets.Features(
+    {"number": datasets.Value("int64"), **{name: datasets.Value("string") for name in ("prompt", "completion", "messages")}}
+)
+_TOKENS = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "outcome": datasets.Value("int8"),
+        **{name: datasets.Value("int64") for name in ("num_tokens", "num_loss_tokens", "num_cut_tokens")},
+    }
+)
+
+
+@dataclass
+class PreparedData:
+    """Tokenised data, memory-mapped from the cache.
+
+    `train` and `eval` have the columns input_ids and labels (list[int], -100 where there is no loss); with packing also
+    seq_lengths, the lengths of the documents in each sequence. `report["train"]` and `report["eval"]` hold the counts
+    num_records (read), num_truncated, num_cut_tokens (taken away by it), num_dropped (too long), num_dropped_no_loss
+    (cut, only the prompt would be left), then, of one epoch, num_examples (after weights), num_sequences (after
+    packing), num_tokens, num_loss_tokens; and under `sources` the same per source, all but num_sequences.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    report: dict[str, Any]
+
+
+def prepare_data(
+    data: DataSection,
+    tokenizer,
+    *,
+    seed: int,
+    output_dir: str,
+    is_builder: bool = True,
+    timeout_s: float | None = None,
+) -> PreparedData:
+    """Tokenise the data of a recipe, or load it from the cache.
+
+    Args:
+        tokenizer: a transformers tokenizer with an EOS token.
+        seed: which records a fractional weight takes.
+        output_dir: of the run; the cache lies beside it unless `data.cache_dir` says otherwise.
+        is_builder: True in one process per node (or in one only); the others wait for it and print nothing.
+        timeout_s: how long they wait; None: as long as it takes.
+
+    Raises:
+        RecipeError: a source or record that cannot be used; in the waiting processes too.
+        TimeoutError: only with `timeout_s`.
+    """
+    cache_dir = Path(data.cache_dir) if data.cache_dir else Path(output_dir).absolute().parent / ".data_cache"
+    for source in [*data.train, *data.eval]:
+        check_source(source)
+    chat_template = resolve_chat_template(data, tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError("model.tokenizer: this tokenizer has no EOS token, so no end of a text could be learned")
+    # Waiting processes hash the same inputs themselves: reading a file costs little, and they need no message from the
+    # builder to know what to wait for.
+    folder = cache_dir / _cache_key(data, tokenizer, chat_template, seed)
+    load = partial(_load, data=data)
+    if not is_builder:
+        return wait_and_load(folder, load, timeout_s)
+    build = partial(_build, data=data, tokenizer=tokenizer, chat_template=chat_template, seed=seed)
+    try:
+        prepared = build_or_load(folder, build, load)
+    except OSError as error:
+        raise RecipeError(f"data.cache_dir: {cache_dir} cannot be used: {error}") from error
+    logger.info("data: %s; in %s", "; ".join(_describe(*item) for item in prepared.report.items()), folder)
+    return prepared
+
+
+def _cache_key(data: DataSection, tokenizer, chat_template: str | None, seed: int) -> str:
+    """Hash of everything that the tokens depend on; not of paths or of how many processes tokenise."""
+    sources = [*data.train, *data.eval]
+    cause = {
+        "format": _CACHE_FORMAT,
+        "sources": [
+            [fingerprint_source(source), source.model_dump(exclude={"path", "hub", "hub_config", "split"})]
+            for source in sources
+        ],
+        "num_train_sources": len(data.train),
+        "settings": data.model_dump(include={"max_length", "overlong", "packing", "completion_only_loss"}),
+        "chat_template": chat_template,
+        "tokenizer": _describe_tokenizer(tokenizer),
+        "seed": seed if any(source.weight % 1 for source in sources) else None,
+    }
+    return hashlib.sha256(json.dumps(cause, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _describe_tokenizer(tokenizer) -> Any:
+    """What a tokenizer does, without where it came from."""
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Padding and truncation are left over from the last call, and may differ between processes.
+        backend.pop("padding", None)
+        backend.pop("truncation", None)
+    else:
+        backend = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.init_kwargs.items(), key=str)]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return [type(tokenizer).__name__, backend, special]
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def _build(folder: Path, data: DataSection, tokenizer, chat_template: str | None, seed: int) -> None:
+    """Fill a cache folder: train/, eval/ and report.json. All work files lie in it too, none in the user's home."""
+    work = folder / "work"
+    work.mkdir()
+    splits = {"train": data.train, "eval": data.eval}
+    report = {}
+    with _no_progress_bars():
+        # Read everything before tokenising anything: a bad record in the last file is found in the first minute.
+        for split, sources in splits.items():
+            for index, source in enumerate(sources):
+                _store_records(source, work / f"{split}-{index}-records.arrow")
+        for split, sources in splits.items():
+            if sources:
+                tokenize = partial(tokenize_batch, data=data, tokenizer=tokenizer, chat_template=chat_template)
+                dataset, report[split] = _build_split(split, sources, work, data, tokenize, seed)
+                dataset.save_to_disk(str(folder / split))
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    shutil.rmtree(work)
+
+
+def _store_records(source: SourceSection, path: Path) -> None:
+    """Stream a source into an Arrow file, so that a corpus never lies in Python lists."""
+    with ArrowWriter(path=str(path), features=_RECORD, writer_batch_size=_BATCH_ROWS) as writer:
+        for record in read_records(source):
+            writer.write({**asdict(record), "messages": json.dumps(record.messages)})
+        writer.finalize()
+
+
+def _build_split(split: str, sources: list[SourceSection], work: Path, data: DataSection, tokenize, seed: int):
+    """Tokenise, weigh, concatenate and pack the stored records of a split; its data set and report."""
+    parts, counts = [], []
+    for index, source in enumerate(sources):
+        records = datasets.Dataset.from_file(str(work / f"{split}-{index}-records.arrow"))
+        tokens = _tokenize_records(records, partial(tokenize, source=source), work / f"{split}-{index}", data.num_proc)
+        rows = _choose_rows(_column(tokens, "outcome"), source.weight, seed, index)
+        parts.append(tokens.select_columns(["input_ids", "labels"]).select(rows))
+        counts.append(_count(tokens, rows))
+    report = {name: sum(count[name] for count in counts) for name in counts[0]}
+    if not report["num_examples"]:
+        raise RecipeError(
+            f"data.{split}: no record is left: {report['num_dropped']} of {report['num_records']} are longer than "
+            f"max_length {data.max_length}, {report['num_dropped_no_loss']} would lose all that is to be learned"
+        )
+    dataset = datasets.concatenate_datasets(parts)
+    if data.packing:
+        # In one process: packs do not cross the borders of its batches, so more processes would pack otherwise. No
+        # document is longer than max_length any more, so packing cuts nothing.
+        cache = {"cache_file_name": str(work / f"{split}-packed.arrow"), "load_from_cache_file": False}
+        dataset = pack_dataset(dataset, data.max_length, strategy="bfd", map_kwargs=cache)
+    return dataset, {**report, "num_sequences": len(dataset), "sources": counts}
+
+
+def _tokenize_records(records: datasets.Dataset, tokenize, stem: Path, num_proc: int) -> datasets.Dataset:
+    num_proc = min(num_proc, len(records))
+    with _progress_bars() if len(records) >= _LARGE_NUM_RECORDS else contextlib.nullcontext():
+        return records.map(
+            tokenize,
+            batched=True,
+            batch_size=_BATCH_ROWS,
+            num_proc=num_proc if num_proc > 1 else None,
+            remove_columns=records.column_names,
+            features=_TOKENS,
+            cache_file_name=f"{stem}-tokens.arrow",
+            load_from_cache_file=False,
+            new_fingerprint=f"{stem.name}-tokens",  # else datasets pickles and hashes the tokenizer to make one
+            desc="Tokenising",
+        )
+
+
+def _choose_rows(outcomes: np.ndarray, weight: float, seed: int, index: int) -> np.ndarray:
+    """Indices of the records that one epoch sees: all kept ones `floor(weight)` times, and a seeded part of them."""
+    kept = np.flatnonzero(outcomes <= Outcome.TRUNCATED)
+    whole, part = int(weight // 1), weight % 1
+    passes = [kept] * whole
+    if part and len(kept):
+        generator = np.random.default_rng([seed % 2**32, index])
+        num_rows = max(1, round(part * len(kept)))
+        passes.append(np.sort(generator.permutation(kept)[:num_rows]))
+    return np.concatenate(passes) if passes else kept[:0]
+
+
+def _count(tokens: datasets.Dataset, rows: np.ndarray) -> dict[str, int]:
+    outcomes = _column(tokens, "outcome")
+    num_of = {outcome: int((outcomes == outcome).sum()) for outcome in Outcome}
+    return {
+        "num_records": len(outcomes),
+        "num_truncated": num_of[Outcome.TRUNCATED],
+        "num_cut_tokens": int(_column(tokens, "num_cut_tokens").sum()),
+        "num_dropped": num_of[Outcome.DROPPED],
+        "num_dropped_no_loss": num_of[Outcome.DROPPED_NO_LOSS],
+        "num_examples": len(rows),
+        "num_tokens": int(_column(tokens, "num_tokens")[rows].sum()),
+        "num_loss_tokens": int(_column(tokens, "num_loss_tokens")[rows].sum()),
+    }
+
+
+def _column(tokens: datasets.Dataset, name: str) -> np.ndarray:
+    return tokens.data.column(name).to_numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def _load(folder: Path, data: DataSection) -> PreparedData:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    splits = {"train": data.train, "eval": data.eval}
+    loaded: dict[str, datasets.Dataset | None] = {"train": None, "eval": None}
+    for split, counts in report.items():
+        loaded[split] = datasets.load_from_disk(str(folder / split))
+        if len(loaded[split]) != counts["num_sequences"]:
+            raise ValueError(f"{split} holds {len(loaded[split])} sequences instead of {counts['num_sequences']}")
+        # Names are not in the cache: the same contents may have had another path when it was made.
+        for source, of_source in zip(splits[split], counts["sources"], strict=True):
+            of_source["name"] = source_name(source)
+    return PreparedData(loaded["train"], loaded["eval"], report)
+
+
+def _describe(split: str, counts: dict[str, Any]) -> str:
+    text = "{num_records} records, {num_sequences} sequences, {num_tokens} tokens ({num_loss_tokens} with loss), "
+    text += "{num_truncated} truncated by {num_cut_tokens} tokens, {num_dropped} dropped, {num_dropped_no_loss} dropped "
+    return f"{split}: " + (text + "as nothing to learn was left").format(**counts)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Progress bars garble the logs of a job; tokenizers' fork warning does too."""
+    bars_were_on = not datasets.utils.are_progress_bars_disabled()
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars_were_on:
+            datasets.enable_progress_bars()
