@@ -26,7 +26,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -67,7 +66,14 @@ class Settings:
 
 
 FAST = Settings(
-    vocab_size=512, hidden_size=32, num_layers=2, num_steps=30, batch_size=8, num_train_pairs=80, num_heldout_pairs=20
+    vocab_size=512,
+    hidden_size=32,
+    num_layers=2,
+    num_steps=25,
+    batch_size=4,
+    sequence_length=64,
+    num_train_pairs=80,
+    num_heldout_pairs=20,
 )
 
 
@@ -142,6 +148,16 @@ def make_pairs(texts: list[str], num_pairs: int, seed: int) -> list[dict[str, st
     return [{"prompt": prompt, "completion": completion} for prompt, completion in records.items()]
 
 
+def group_documents(paragraphs: list[str], num_chars: int = 500) -> list[str]:
+    """Join neighbouring paragraphs to documents of at least `num_chars` (but for the last one)."""
+    documents = [""]
+    for paragraph in paragraphs:
+        if len(documents[-1]) >= num_chars:
+            documents.append("")
+        documents[-1] += ("\n\n" if documents[-1] else "") + paragraph
+    return documents
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -214,7 +230,7 @@ def pretrain(model, ids: list[int], settings: Settings) -> tuple[float, float]:
     """Train `model` on random windows of `ids`; return the loss (nats per token) of the first and the last steps."""
     import torch
 
-    torch.set_num_threads(min(4, os.cpu_count() or 1))  # more threads only wait for each other at this size
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # more only wait for each other at this size
     ids_N = torch.tensor(ids)
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
@@ -262,7 +278,7 @@ def prepare(directory: Path, settings: Settings) -> None:
 
     parts = split_topics(topics)
     counts = write_pairs(partial, parts, settings)
-    losses = write_model(partial / "model", "\n\n".join(parts["base"]), settings)
+    losses = write_model(partial / "model", group_documents(parts["base"]), settings)
     manifest = {"fingerprint": fingerprint, "settings": asdict(settings), **counts, **losses}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -292,10 +308,18 @@ def write_pairs(directory: Path, parts: dict[str, list[str]], settings: Settings
     return counts
 
 
-def write_model(directory: Path, text: str, settings: Settings) -> dict[str, float]:
-    """Train tokenizer and base model on `text` and save both in `directory`; return the first and last loss."""
-    tokenizer = train_tokenizer(text, settings)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def write_model(directory: Path, documents: list[str], settings: Settings) -> dict[str, float]:
+    """Train tokenizer and base model on `documents` and save both in `directory`; return the first and last loss."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of saving one small file
+    tokenizer = train_tokenizer("\n\n".join(documents), settings)
+    # Many short documents, so that the base knows where a text starts and, for the task, that it can end.
+    ids = [
+        token
+        for document_ids in tokenizer(documents, verbose=False)["input_ids"]  # opens with <s>
+        for token in (*document_ids, tokenizer.eos_token_id)
+    ]
     model = build_base(tokenizer, settings)
     size = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
     print(f"base model: {size}, {len(ids)} tokens of Python's language reference, {settings.num_steps} steps")
@@ -387,7 +411,8 @@ def draw_losses(metrics: dict, path: Path) -> Path:
     elbo_axis.set(title="Side loss and its terms", xlabel="optimizer step", ylabel="per token, mean over layers")
     for axis in (task_axis, elbo_axis):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        if axis.lines:
+            axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

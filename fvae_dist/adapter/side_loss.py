@@ -35,9 +35,19 @@ class _Entry:
     name: str
     adapter: str
     reduction: str
-    neg_elbo: Tensor | None = None
+    # (negative ELBO per token, mask) of each forward, as the layer gave them: a layer reports from inside a checkpointed
+    # region, where multiplying them would save tensors that recomputation does not save again.
+    reports: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    num_tokens: Tensor | None = None
+
+    @property
+    def neg_elbo(self) -> Tensor:
+        """Sum over the counted tokens, differentiable."""
+        return torch.stack([(neg_elbo * mask).sum() for neg_elbo, mask in self.reports]).sum()
+
+    @property
+    def num_tokens(self) -> Tensor:
+        return torch.stack([mask.sum() for _, mask in self.reports]).sum()
 
     def add(self, key: str, value: Tensor) -> None:
         self.sums[key] = self.sums[key] + value if key in self.sums else value
@@ -153,12 +163,9 @@ class Collector:
         if entry is None:
             reduction = layer.fvae_config[adapter].side_loss_reduction
             entry = self._entries[(layer, adapter)] = _Entry(name, adapter, reduction)
-        total = (neg_elbo * mask).sum()
-        entry.neg_elbo = total if entry.neg_elbo is None else entry.neg_elbo + total
-        counted = mask.sum()
-        entry.num_tokens = counted if entry.num_tokens is None else entry.num_tokens + counted
+        entry.reports.append((neg_elbo, mask))
         if self._with_terms:
-            _add_terms(entry, mask, total, terms, mean1)
+            _add_terms(entry, mask, neg_elbo, terms, mean1)
 
     def _mask_for(self, name: str, values: Tensor) -> Tensor:
         if self._mask is None:
@@ -173,10 +180,9 @@ class Collector:
 
 
 @torch.no_grad()
-def _add_terms(entry: _Entry, mask: Tensor, total: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
-    for key, value in terms._asdict().items():
+def _add_terms(entry: _Entry, mask: Tensor, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
+    for key, value in {**terms._asdict(), "neg_elbo": neg_elbo}.items():
         entry.add(key, (value.detach() * mask).sum())
-    entry.add("neg_elbo", total.detach())
     mean1 = wide(mean1.detach()).reshape(-1, mean1.shape[-1])
     weights = mask.reshape(-1, 1)
     entry.add("mean1", (mean1 * weights).sum(0))

@@ -28,7 +28,13 @@ from trl import pack_dataset
 from fvae_dist.training.data_cache import build_or_load, wait_and_load
 from fvae_dist.training.recipe import DataSection, RecipeError, SourceSection
 from fvae_dist.training.sources import check_source, fingerprint_source, read_records, source_name
-from fvae_dist.training.tokenization import Outcome, render_example, resolve_chat_template, tokenize_batch
+from fvae_dist.training.tokenization import (
+    Outcome,
+    describe_tokenizer,
+    render_example,
+    resolve_chat_template,
+    tokenize_batch,
+)
 
 __all__ = ["PreparedData", "prepare_data", "render_example"]
 
@@ -39,14 +45,21 @@ _LARGE_NUM_RECORDS = 200_000  # from here on tokenising takes minutes and deserv
 _BATCH_ROWS = 1000
 
 _RECORD = datasets.Features(
-    {"number": datasets.Value("int64"), **{name: datasets.Value("string") for name in ("prompt", "completion", "messages")}}
+    {
+        "number": datasets.Value("int64"),
+        "prompt": datasets.Value("string"),
+        "completion": datasets.Value("string"),
+        "messages": datasets.Value("string"),  # JSON: the keys of messages differ from record to record
+    }
 )
 _TOKENS = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
         "labels": datasets.List(datasets.Value("int32")),
         "outcome": datasets.Value("int8"),
-        **{name: datasets.Value("int64") for name in ("num_tokens", "num_loss_tokens", "num_cut_tokens")},
+        "num_tokens": datasets.Value("int64"),
+        "num_loss_tokens": datasets.Value("int64"),
+        "num_cut_tokens": datasets.Value("int64"),
     }
 )
 
@@ -93,7 +106,7 @@ def prepare_data(
     for source in [*data.train, *data.eval]:
         check_source(source)
     chat_template = resolve_chat_template(data, tokenizer)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and any(s.format != "messages" for s in [*data.train, *data.eval]):
         raise RecipeError("model.tokenizer: this tokenizer has no EOS token, so no end of a text could be learned")
     # Waiting processes hash the same inputs themselves: reading a file costs little, and they need no message from the
     # builder to know what to wait for.
@@ -122,23 +135,10 @@ def _cache_key(data: DataSection, tokenizer, chat_template: str | None, seed: in
         "num_train_sources": len(data.train),
         "settings": data.model_dump(include={"max_length", "overlong", "packing", "completion_only_loss"}),
         "chat_template": chat_template,
-        "tokenizer": _describe_tokenizer(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
         "seed": seed if any(source.weight % 1 for source in sources) else None,
     }
     return hashlib.sha256(json.dumps(cause, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _describe_tokenizer(tokenizer) -> Any:
-    """What a tokenizer does, without where it came from."""
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation are left over from the last call, and may differ between processes.
-        backend.pop("padding", None)
-        backend.pop("truncation", None)
-    else:
-        backend = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.init_kwargs.items(), key=str)]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return [type(tokenizer).__name__, backend, special]
 
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -150,7 +150,7 @@ def _build(folder: Path, data: DataSection, tokenizer, chat_template: str | None
     work.mkdir()
     splits = {"train": data.train, "eval": data.eval}
     report = {}
-    with _no_progress_bars():
+    with _progress_bars(shown=False):
         # Read everything before tokenising anything: a bad record in the last file is found in the first minute.
         for split, sources in splits.items():
             for index, source in enumerate(sources):
@@ -198,7 +198,7 @@ def _build_split(split: str, sources: list[SourceSection], work: Path, data: Dat
 
 def _tokenize_records(records: datasets.Dataset, tokenize, stem: Path, num_proc: int) -> datasets.Dataset:
     num_proc = min(num_proc, len(records))
-    with _progress_bars() if len(records) >= _LARGE_NUM_RECORDS else contextlib.nullcontext():
+    with _progress_bars(shown=len(records) >= _LARGE_NUM_RECORDS), _forkable_tokenizer(num_proc):
         return records.map(
             tokenize,
             batched=True,
@@ -249,32 +249,49 @@ def _column(tokens: datasets.Dataset, name: str) -> np.ndarray:
 
 def _load(folder: Path, data: DataSection) -> PreparedData:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    splits = {"train": data.train, "eval": data.eval}
-    loaded: dict[str, datasets.Dataset | None] = {"train": None, "eval": None}
-    for split, counts in report.items():
-        loaded[split] = datasets.load_from_disk(str(folder / split))
-        if len(loaded[split]) != counts["num_sequences"]:
-            raise ValueError(f"{split} holds {len(loaded[split])} sequences instead of {counts['num_sequences']}")
+    loaded: dict[str, datasets.Dataset] = {}
+    for split, sources in {"train": data.train, "eval": data.eval}.items():
+        if not sources:
+            continue
+        counts, dataset = report[split], datasets.load_from_disk(str(folder / split))
+        if len(dataset) != counts["num_sequences"]:
+            raise ValueError(f"{split} holds {len(dataset)} sequences instead of {counts['num_sequences']}")
         # Names are not in the cache: the same contents may have had another path when it was made.
-        for source, of_source in zip(splits[split], counts["sources"], strict=True):
+        for source, of_source in zip(sources, counts["sources"], strict=True):
             of_source["name"] = source_name(source)
-    return PreparedData(loaded["train"], loaded["eval"], report)
+        loaded[split] = dataset
+    return PreparedData(loaded["train"], loaded.get("eval"), report)
 
 
 def _describe(split: str, counts: dict[str, Any]) -> str:
-    text = "{num_records} records, {num_sequences} sequences, {num_tokens} tokens ({num_loss_tokens} with loss), "
-    text += "{num_truncated} truncated by {num_cut_tokens} tokens, {num_dropped} dropped, {num_dropped_no_loss} dropped "
-    return f"{split}: " + (text + "as nothing to learn was left").format(**counts)
+    text = (
+        "{num_records} records, {num_sequences} sequences, {num_tokens} tokens ({num_loss_tokens} with loss), "
+        "{num_truncated} truncated ({num_cut_tokens} tokens cut), {num_dropped} dropped as too long, "
+        "{num_dropped_no_loss} dropped as nothing to learn was left"
+    )
+    return f"{split}: {text.format(**counts)}"
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Progress bars garble the logs of a job; tokenizers' fork warning does too."""
-    bars_were_on = not datasets.utils.are_progress_bars_disabled()
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
-    datasets.disable_progress_bars()
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Progress bars garble the log of a job; show them only where one has to wait."""
+    were_shown = not datasets.utils.are_progress_bars_disabled()
+    switch = {True: datasets.enable_progress_bars, False: datasets.disable_progress_bars}
+    switch[shown]()
     try:
         yield
     finally:
-        if bars_were_on:
-            datasets.enable_progress_bars()
+        switch[were_shown]()
+
+
+@contextlib.contextmanager
+def _forkable_tokenizer(num_proc: int) -> Iterator[None]:
+    """Keep a tokenizer's own threads off in forked processes; left to itself it does so with a warning for each."""
+    undecided = num_proc > 1 and "TOKENIZERS_PARALLELISM" not in os.environ
+    if undecided:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if undecided:
+            del os.environ["TOKENIZERS_PARALLELISM"]

@@ -53,7 +53,8 @@ def build_or_load(folder: Path, build: Callable[[Path], None], load: Callable[[P
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     failed = _failure_file(folder)
-    failed.unlink(missing_ok=True)  # of an earlier launch; if another node's builder wrote it just now, so will this one
+    # Of an earlier launch. Should another node's builder have written it just now, this one will fail alike.
+    failed.unlink(missing_ok=True)
     with FileLock(_beside(folder, ".lock")):
         # Whoever left these behind was killed: this process has the lock.
         for leftover in folder.parent.glob(folder.name + ".tmp-*"):

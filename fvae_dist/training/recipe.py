@@ -93,6 +93,7 @@ class TrainingSection(_Section):
     """The loop; names as in transformers' TrainingArguments."""
 
     output_dir: str = Field(description="Checkpoints, logs and the final adapter go here.")
+    overwrite_output_dir: bool = Field(False, description="Delete an earlier run's checkpoints there and start anew.")
     deepspeed: str | None = Field("ds_configs/zero3.json", description="DeepSpeed JSON (static knobs only), or null.")
     use_cpu: bool | None = Field(None, description="Train on CPU; default: only where there is no accelerator.")
     seed: int = Field(42, description="Seed of adapter weights, data order, noise and dropout.")
@@ -105,7 +106,7 @@ class TrainingSection(_Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Schedule after warm-up."
     )
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps that warm up.")
+    warmup_steps: float = Field(0.03, ge=0, description="Warm-up in steps, or as a share of all steps if below 1.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay; never on biases.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta 2.")

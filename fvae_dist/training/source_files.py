@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,13 @@ def _decode(raw: bytes, path: str, line: int) -> str:
 def _read_json(path: str) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON array with the line on which each begins; the file is read whole."""
     text = _decode(Path(path).read_bytes(), path, 1)
-    skip_space, parse = re.compile(r"[ \t\r\n]*").match, json.JSONDecoder().raw_decode
-    position, counted, line = skip_space(text).end(), 0, 1
+    parse = json.JSONDecoder().raw_decode
+    position, counted, line = _skip_space(text, 0), 0, 1
     if not text[position:]:
         raise RecipeError(f"{path}:1: the file is empty")
     if text[position] != "[":
         raise RecipeError(f"{path}:1: a .json file must be an array of objects (one object a line is .jsonl)")
-    position = skip_space(text, position + 1).end()
+    position = _skip_space(text, position + 1)
     if text.startswith("]", position):
         return
     while True:
@@ -63,16 +62,22 @@ def _read_json(path: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             raise RecipeError(_broken_json(path, getattr(error, "lineno", line), error)) from None
         yield line, row
-        position = skip_space(text, end).end()
+        position = _skip_space(text, end)
         if text.startswith("]", position):
-            position = skip_space(text, position + 1).end()
+            position = _skip_space(text, position + 1)
             if position == len(text):
                 return
         elif text.startswith(",", position):
-            position = skip_space(text, position + 1).end()
+            position = _skip_space(text, position + 1)
             continue
         line += text.count("\n", counted, position)
         raise RecipeError(f"{path}:{line}: broken JSON: expected , or the end of the array")
+
+
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1] in (" ", "\t", "\r", "\n"):
+        position += 1
+    return position
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:

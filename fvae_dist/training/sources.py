@@ -77,9 +77,8 @@ def check_source(source: SourceSection) -> None:
     known = COLUMNS[source.format]
     for name in source.columns:
         if name not in known:
-            raise RecipeError(
-                f"{source_name(source)}: columns: {name} is no column of format {source.format}; known: {', '.join(known)}"
-            )
+            what = f"columns: {name} is no column of format {source.format}"
+            raise RecipeError(f"{source_name(source)}: {what}; known: {', '.join(known)}")
     if source.path is None:
         return
     path = Path(source.path)
@@ -128,7 +127,7 @@ def read_records(source: SourceSection) -> Iterator[Record]:
             if num_records == source.limit:
                 return
     except OSError as error:
-        raise RecipeError(f"{source_name(source)}: cannot be read: {error.strerror or error}") from None
+        raise RecipeError(f"{source_name(source)}: cannot be read: {error.strerror or _one_line(error)}") from None
     if num_records == 0:
         raise RecipeError(f"{source_name(source)}: holds no record")
 
@@ -209,7 +208,7 @@ def _hub_revision(source: SourceSection) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        return HfApi().dataset_info(source.hub).sha
+        return HfApi().dataset_info(source_name(source)).sha
     except Exception as error:  # network, permission, name: whatever it is, the user has to see it with the id
         raise RecipeError(f"{source.hub}: cannot reach this data set on the Hub: {_one_line(error)}") from None
 

@@ -57,6 +57,19 @@ def resolve_chat_template(data: DataSection, tokenizer) -> str | None:
         raise RecipeError(f"data.chat_template: neither Jinja nor a readable file: {given} ({error})") from None
 
 
+def describe_tokenizer(tokenizer) -> Any:
+    """What a tokenizer does, as JSON values, without where it came from; for the key of the cache."""
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Padding and truncation are left over from the last call, and may differ between processes.
+        backend.pop("padding", None)
+        backend.pop("truncation", None)
+    else:
+        backend = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.init_kwargs.items(), key=str)]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return [type(tokenizer).__name__, backend, special]
+
+
 def tokenize_batch(
     batch: dict[str, list], *, source: SourceSection, data: DataSection, tokenizer, chat_template: str | None
 ) -> dict[str, list]:
@@ -74,7 +87,7 @@ def tokenize_batch(
     """
     if source.format == "messages":
         encoded = [
-            _encode_messages(json.loads(messages), tokenizer, chat_template, place(source, number))
+            _encode_messages(json.loads(messages), tokenizer, chat_template or "", place(source, number))
             for number, messages in zip(batch["number"], batch["messages"], strict=True)
         ]
     else:
@@ -113,7 +126,7 @@ def _fit(ids: list[int], labels: list[int], data: DataSection) -> dict[str, Any]
     }
 
 
-# ------------------------------------------------------------------------------------------- prompt and completion, text
+# ------------------------------------------------------------------------------------ prompt and completion, and text
 
 
 def _encode_completions(prompts: list[str], completions: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -151,7 +164,7 @@ def _encode_messages(messages: list[dict], tokenizer, template: str, where: str)
             )
             return list(encoded["input_ids"]), list(encoded["assistant_masks"])
         return _mask_by_prefix(messages, tokenizer, template, where)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what templates raise about roles and their order
+    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what templates raise about roles, for one
         raise RecipeError(f"{where}: messages: the chat template fails: {' '.join(str(error).split())}") from None
 
 
@@ -182,8 +195,8 @@ def _mask_by_prefix(messages: list[dict], tokenizer, template: str, where: str) 
         through = render(messages[: index + 1])
         if not (through.startswith(before) and whole.startswith(through)):
             raise RecipeError(
-                f"{where}: messages[{index}]: the chat template is not prefix-preserving (it renders the conversation up "
-                "to here differently from the whole) and has no {% generation %} markers: no telling what to learn"
+                f"{where}: messages[{index}]: the chat template is not prefix-preserving (it renders the conversation "
+                "up to here differently from the whole) and has no {% generation %} markers: no telling what to learn"
             )
         begin = common_prefix_length(encode(before), ids)
         through_ids = encode(through)
@@ -193,7 +206,7 @@ def _mask_by_prefix(messages: list[dict], tokenizer, template: str, where: str) 
     return ids, learned
 
 
-# --------------------------------------------------------------------------------------------------------------- to look at
+# ---------------------------------------------------------------------------------------------------------- to look at
 
 
 def render_example(example: dict[str, list[int]], tokenizer) -> str:

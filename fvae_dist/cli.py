@@ -1,0 +1,82 @@
+"""Command lines. `fvae-dist train ...` and `launch/train.py ...` are the same command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from fvae_dist.training.recipe import RecipeError, describe_recipe, load_recipe
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `fvae-dist`."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": train_command}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: fvae-dist {{{','.join(commands)}}} ...\n\nEach command has --help.")
+        return 0 if argv else EXIT_BAD_INPUT
+    if argv[0] not in commands:
+        print(f"error: unknown command {argv[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return commands[argv[0]](argv[1:])
+
+
+def train_command(argv: list[str] | None = None) -> int:
+    """Train from a recipe. Exit codes: 0 done, 2 bad recipe, data or argument; anything else is a crash."""
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py",
+        description="Fine-tune with FVAE-LoRA, or any PEFT method, from a recipe.",
+        epilog="Launch: deepspeed launch/train.py --config launch/recipes/quickstart.yaml",
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="recipe YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override (repeatable)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest, or a given, checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done; needs no launcher and no GPU")
+    parser.add_argument("--devices", type=int, metavar="N", help="devices --dry-run computes for (default: WORLD_SIZE)")
+    parser.add_argument("--help-recipe", action="store_true", help="every recipe key with type, default and meaning")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    args = parser.parse_args(argv)
+    if args.help_recipe:
+        print(describe_recipe())
+        return 0
+    if not args.config:
+        parser.error("--config is required")
+    _set_up_logging()
+    try:
+        return _train(args)
+    except RecipeError as error:
+        if _is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def _train(args: argparse.Namespace) -> int:
+    recipe = load_recipe(args.config, args.set)
+    # Imported only now: a mistake in the recipe is reported in a second.
+    from fvae_dist.training import run
+
+    prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run)
+    if args.dry_run:
+        from fvae_dist.training.dry_run import describe
+
+        print(describe(prepared, args.devices or int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+    try:
+        run.train(prepared)
+    finally:
+        run.shut_down()
+    return 0
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _set_up_logging() -> None:
+    level = logging.INFO if _is_main() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING if _is_main() else logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("fvae_dist").setLevel(level)

@@ -1,0 +1,139 @@
+"""Callbacks of the recipe's trainer: start-up checks, per-rank noise, progress line, TensorBoard. Rank 0 writes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from fvae_dist.training.checks import check_engine_precision, check_partitioned, check_trainable_parameters
+from fvae_dist.training.throughput import utilisation
+
+_RENAMED = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/lr"}
+_HISTOGRAMS = ("nll", "kl_z1", "z1_sq", "z2_sq", "active_z1")
+
+
+class StartupChecks(TrainerCallback):
+    """Before the first step: dtypes, sharding, and a noise stream of its own for every rank."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        check_trainable_parameters(self.trainer.model)
+        engine = getattr(self.trainer, "deepspeed", None)
+        if engine is not None:
+            check_engine_precision(engine)
+            if engine.zero_optimization_stage() == 3:
+                check_partitioned(self.trainer.model)
+        # transformers seeds every rank alike; ranks that draw the same noise for different tokens would correlate.
+        torch.manual_seed(args.seed + 1 + args.process_index)
+
+
+class PerformanceLogs(TrainerCallback):
+    """Adds perf/mfu, perf/hfu and mem/peak_gib to every log line; memory is the largest of the ranks."""
+
+    def __init__(self, trainer: Any, matmul_parameters: int, peak: float | None):
+        self.trainer = trainer
+        self.matmul_parameters = matmul_parameters
+        self.peak = peak
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "loss" not in logs:
+            return
+        device = self.trainer.args.device
+        local = torch.tensor([peak_memory_gib(device)], device=device)
+        logs["mem/peak_gib"] = float(self.trainer.accelerator.gather(local).max())
+        if self.peak is not None and "perf/tokens_per_s_per_gpu" in logs:
+            logs["perf/mfu"], logs["perf/hfu"] = utilisation(
+                logs["perf/tokens_per_s_per_gpu"], self.matmul_parameters, self.peak, recomputes(args)
+            )
+
+
+def recomputes(args: Any) -> bool:
+    """Whether the trainer checkpoints layers (the argument was renamed in transformers 5.23)."""
+    return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: the CUDA allocator's, or on CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+class ProgressLine(TrainerCallback):
+    """One bar with task loss and tokens/s; log lines go through it. On a log file, plain lines and no bar."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", disable=not sys.stderr.isatty()
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs:
+            return
+        if "loss/task" in logs:
+            speed = logs.get("perf/tokens_per_s_per_gpu", 0.0)
+            shown = {"loss": f"{logs['loss/task']:.4f}", "tok/s/device": f"{speed:,.0f}"}
+            if "loss/neg_elbo" in logs:
+                shown["neg_elbo"] = f"{logs['loss/neg_elbo']:.1f}"
+            self.bar.set_postfix(shown)
+            values = "  ".join(f"{key} {value}" for key, value in shown.items())
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  {values}  lr {logs.get('learning_rate', 0):.2e}")
+        elif "eval_loss" in logs:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  eval_loss {logs['eval_loss']:.4f}")
+        sys.stdout.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class TensorBoardLogs(TrainerCallback):
+    """Writes scalars under the project's tags, and each ELBO term's spread over layers as one histogram."""
+
+    def __init__(self, trainer: Any, folder: Path, histograms: bool):
+        self.trainer = trainer
+        self.folder = folder
+        self.histograms = histograms
+        self.writer: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps after the resume point were lost with the interrupted run: purge them from the curves.
+            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1 if state.global_step else None)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer is None or not logs:
+            return
+        for key, value in logs.items():
+            tag = _RENAMED.get(key, key)
+            if key.startswith("eval_") and key.endswith("loss"):
+                tag = "eval/loss"
+            if "/" in tag and isinstance(value, (int, float)):
+                self.writer.add_scalar(tag, value, state.global_step)
+        if self.histograms and "loss/neg_elbo" in logs:
+            for term in _HISTOGRAMS:
+                self.writer.add_histogram(f"elbo_layers/{term}", self.trainer.layer_terms[term], state.global_step)
+        self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer is not None:
+            self.writer.flush()

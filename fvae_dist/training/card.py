@@ -1,0 +1,52 @@
+"""The adapter's model card: what it was trained from, on and with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fvae_dist.training.recipe import Recipe
+
+_PACKAGES = ("fvae-dist", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a run."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def write_model_card(folder: Path, recipe: Recipe, data_report: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Write README.md into an adapter folder; front matter as the Hub reads it."""
+    base = recipe.model.name_or_path
+    front = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["fvae-lora"]}
+    if str(recipe.adapter.get("peft_type", "FVAE_LORA")) != "FVAE_LORA":
+        front["tags"] = [str(recipe.adapter["peft_type"]).lower()]
+    if Path(base).exists():
+        del front["base_model"]  # the Hub only takes ids there
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    recipe_yaml = yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+    text = (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# {recipe.adapter.get('peft_type', 'FVAE_LORA')} adapter for {base}\n\n"
+        "Load with plain PEFT:\n\n```python\n"
+        "import fvae_dist  # registers FVAE_LORA with PEFT\n"
+        "from peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")\n```\n\n'
+        f"## Metrics\n\n{_table(numbers)}\n\n## Data\n\n```yaml\n{yaml.safe_dump(data_report, sort_keys=False)}```\n\n"
+        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n\n## Versions\n\n{_table(package_versions())}\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in rows.items()]
+    return "\n".join(["| name | value |", "|---|---|", *lines])

@@ -1,0 +1,92 @@
+"""Which checkpoint to resume from, and what a new run may overwrite."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from fvae_dist.training.recipe import RecipeError
+from fvae_dist.training.saving import ADAPTER_FILE
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(resume: str | None, output_dir: str | Path) -> str | None:
+    """The checkpoint that `--resume` names.
+
+    Args:
+        resume: None, "auto" (newest complete one in `output_dir`, none is fine) or a checkpoint folder.
+
+    Raises:
+        RecipeError: the folder named is not a complete checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        problem = what_is_missing(Path(resume))
+        if problem:
+            raise RecipeError(f"--resume {resume}: not a complete checkpoint: {problem}")
+        return str(resume)
+    for folder in reversed(list_checkpoints(output_dir)):
+        problem = what_is_missing(folder)
+        if not problem:
+            logger.info("resuming from %s", folder)
+            return str(folder)
+        logger.warning("skipping %s: %s", folder, problem)
+    logger.info("--resume auto: no checkpoint in %s, starting anew", output_dir)
+    return None
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """checkpoint-N folders, oldest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def what_is_missing(folder: Path) -> str:
+    """Why a checkpoint cannot be resumed from; empty if it can."""
+    if not folder.is_dir():
+        return "no such folder"
+    # trainer_state.json is the last file written.
+    state = folder / "trainer_state.json"
+    try:
+        json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError):
+        return f"{state.name} is missing or unreadable"
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as tensors:
+            if not list(tensors.keys()):
+                return f"{ADAPTER_FILE} is empty"
+    except (OSError, SafetensorError):
+        return f"{ADAPTER_FILE} is missing or unreadable"
+    tag = folder / "latest"
+    if tag.is_file() and not any((folder / tag.read_text().strip()).glob("*optim_states.pt")):
+        return "the optimizer's shards are missing"
+    if not tag.is_file() and not (folder / "optimizer.pt").is_file():
+        return "the optimizer's state is missing"
+    return ""
+
+
+def prepare_output_dir(output_dir: str | Path, checkpoint: str | None, overwrite: bool, is_main: bool) -> None:
+    """Refuse to train anew over an earlier run's checkpoints, or clear them where the recipe says so.
+
+    Raises:
+        RecipeError: checkpoints are there, nothing is resumed and overwrite_output_dir is off.
+    """
+    output = Path(output_dir)
+    if checkpoint is not None:
+        return
+    leftovers = list_checkpoints(output)
+    if leftovers and not overwrite:
+        raise RecipeError(
+            f"training.output_dir: {output} holds {leftovers[-1].name} of an earlier run; go on with --resume auto, "
+            "choose another folder, or set training.overwrite_output_dir: true"
+        )
+    if is_main and overwrite:
+        for path in [*leftovers, output / "tensorboard", output / "adapter"]:
+            shutil.rmtree(path, ignore_errors=True)

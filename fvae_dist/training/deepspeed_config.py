@@ -1,0 +1,127 @@
+"""The one place that builds the DeepSpeed configuration: a JSON with static knobs, plus what the recipe states.
+
+Batch sizes, accumulation, clipping, dtypes and the optimizer are stated once, in the recipe. A JSON that states them
+too must say "auto" or the same value, otherwise the run is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fvae_dist.training.recipe import Recipe, RecipeError
+
+_OPTIMIZER_KEYS = ("optimizer", "scheduler")
+
+
+def load_deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any] | None:
+    """The DeepSpeed dict of a recipe, or None for training.deepspeed: null.
+
+    Precision (fp32 adapters around a 16-bit base): at stage 3 bf16/fp16 is enabled, because it is what the base is
+    loaded and sharded in; adapters are attached outside zero.Init and stay fp32. At stages 0 to 2 it is not, because
+    DeepSpeed would cast the adapters too. Gradients are reduced and accumulated in fp32 at every stage.
+
+    Raises:
+        RecipeError: unreadable JSON, or one that contradicts the recipe; names file and key.
+    """
+    if recipe.training.deepspeed is None:
+        return None
+    path = Path(recipe.training.deepspeed)
+    config = _read(path)
+    zero = config.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise RecipeError(f"{path}: zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
+    for key in _OPTIMIZER_KEYS:
+        if key in config:
+            raise RecipeError(f"{path}: {key}: is stated in the recipe (training.*); remove it here")
+    _merge(config, stated_by_recipe(recipe, stage, world_size), path, ())
+    if zero.get("zero_hpz_partition_size") == "auto":
+        zero["zero_hpz_partition_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    partition = zero.get("zero_hpz_partition_size", 1)
+    if not isinstance(partition, int) or partition < 1 or world_size % partition:
+        raise RecipeError(
+            f"{path}: zero_optimization.zero_hpz_partition_size: {partition!r} does not divide the {world_size} ranks"
+        )
+    return config
+
+
+def zero_stage(config: dict[str, Any] | None) -> int:
+    """ZeRO stage of a DeepSpeed dict; 0 without one."""
+    return 0 if config is None else config["zero_optimization"].get("stage", 0)
+
+
+def stated_by_recipe(recipe: Recipe, stage: int, world_size: int) -> dict[str, Any]:
+    """The keys of a DeepSpeed config that the recipe decides."""
+    training, dtype = recipe.training, recipe.model.dtype
+    return {
+        "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "train_batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": stage == 3 and dtype == "bfloat16"},
+        "fp16": {"enabled": stage == 3 and dtype == "float16"},
+        # Without these two, gradients of fp32 adapters are still reduced and accumulated in the base's 16 bits.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def size_for_adapter(config: dict[str, Any], trainable_sizes: list[int], base_sizes: list[int]) -> None:
+    """Fill the stage-3 sizes left on "auto" from the adapter, in place.
+
+    Args:
+        trainable_sizes: elements of every trainable tensor.
+        base_sizes: elements of every frozen tensor.
+    """
+    zero = config["zero_optimization"]
+    largest = max(trainable_sizes)
+    matrices = [size for size in base_sizes if size > largest]
+    if zero.get("stage3_param_persistence_threshold") == "auto":
+        # Adapters whole on every rank, base matrices sharded; where they overlap in size, sharding wins.
+        fits = bool(matrices) and min(matrices) > largest
+        zero["stage3_param_persistence_threshold"] = largest + 1 if fits else 100_000
+    if zero.get("reduce_bucket_size") == "auto":
+        # The default of 5e8 elements is a 2 GB buffer for a few million adapter gradients.
+        zero["reduce_bucket_size"] = max(largest, min(sum(trainable_sizes), 50_000_000))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda p: _no_duplicates(p, path))
+    except OSError as error:
+        raise RecipeError(f"training.deepspeed: {path}: {(error.strerror or str(error)).lower()}") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path}: a DeepSpeed config is a JSON object")
+    return config
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise RecipeError(f"{path}: duplicate key {key}")
+        result[key] = value
+    return result
+
+
+def _merge(config: dict[str, Any], stated: dict[str, Any], path: Path, parents: tuple[str, ...]) -> None:
+    for key, value in stated.items():
+        dotted = ".".join((*parents, key))
+        if isinstance(value, dict):
+            section = config.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise RecipeError(f"{path}: {dotted}: must be an object")
+            _merge(section, value, path, (*parents, key))
+        elif config.get(key, "auto") not in ("auto", value):
+            raise RecipeError(f"{path}: {dotted}: is {config[key]!r} here and {value!r} in the recipe; remove it here")
+        else:
+            config[key] = value

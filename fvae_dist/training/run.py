@@ -1,0 +1,247 @@
+"""One training run, from recipe to adapter folder. `train` reads like a table of contents."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from fvae_dist.training.callbacks import PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
+from fvae_dist.training.card import write_model_card
+from fvae_dist.training.checkpoints import find_checkpoint, prepare_output_dir
+from fvae_dist.training.data import PreparedData, prepare_data
+from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
+from fvae_dist.training.modeling import (
+    ModelPlan,
+    attach_adapter,
+    check_lengths,
+    choose_attention,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    plan_model,
+)
+from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.throughput import peak_tflops
+from fvae_dist.training.trainer import FVAETrainerMixin
+
+logger = logging.getLogger(__name__)
+
+
+class RecipeTrainer(FVAETrainerMixin, SFTTrainer):
+    """TRL's SFTTrainer with the side loss; the model card is written by the recipe, not by TRL."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+@dataclass
+class Prepared:
+    """A checked run: everything that can be known before a process group or device memory exists."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    plan: ModelPlan
+    data: PreparedData
+    deepspeed: dict[str, Any] | None
+    attention: str
+    attention_reason: str
+    use_cpu: bool
+    checkpoint: str | None
+
+
+def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False) -> Prepared:
+    """Check everything that needs no device, in the order in which mistakes are cheapest to find.
+
+    Data is tokenised here by the first process of a node, before any process group exists: the others wait for a
+    file, and no collective can time out.
+
+    Raises:
+        RecipeError: the recipe, its files or its data cannot be run.
+    """
+    training = recipe.training
+    use_cpu = _use_cpu(recipe)
+    deepspeed = load_deepspeed_config(recipe, _env_int("WORLD_SIZE", 1))
+    attention, reason = choose_attention(recipe.model, use_cpu)
+    checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    check_lengths(recipe, config, tokenizer)
+    plan = plan_model(recipe, config)
+    is_builder = _env_int("LOCAL_RANK", 0) == 0
+    data = prepare_data(
+        recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
+    )
+    if not dry_run:
+        prepare_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, _env_int("RANK", 0) == 0)
+    return Prepared(recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint)
+
+
+def train(prepared: Prepared) -> dict[str, Any]:
+    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json."""
+    recipe = prepared.recipe
+    _set_up_process(prepared)
+    args = build_arguments(prepared)
+    start_process_group(args)
+    logger.info("attention: %s (%s)", prepared.attention, prepared.attention_reason)
+    model = build_model(prepared, args)
+    trainer = build_trainer(prepared, args, model)
+
+    result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    final_eval = trainer.evaluate() if recipe.evaluation.at_end else None
+
+    metrics = collect_metrics(trainer, result, final_eval)
+    save_results(trainer, prepared, metrics)
+    return metrics
+
+
+def build_arguments(prepared: Prepared) -> SFTConfig:
+    """TRL's arguments. While they live, `from_pretrained` loads the base sharded under ZeRO-3."""
+    recipe = prepared.recipe
+    training, evaluation = recipe.training, recipe.evaluation
+    stage = zero_stage(prepared.deepspeed)
+    passed_on = training.model_dump(
+        exclude={"deepspeed", "use_cpu", "overwrite_output_dir", "gradient_checkpointing_kwargs"}
+    )
+    return SFTConfig(
+        **passed_on,
+        gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs or None,
+        deepspeed=prepared.deepspeed,
+        use_cpu=prepared.use_cpu,
+        data_seed=training.seed,
+        # At stage 3 this must agree with the DeepSpeed config; elsewhere the layers cast for themselves.
+        bf16=stage == 3 and recipe.model.dtype == "bfloat16",
+        fp16=stage == 3 and recipe.model.dtype == "float16",
+        # Truncated and packed in data preparation already; packed data needs the padding-free collator.
+        max_length=None,
+        packing=False,
+        padding_free=recipe.data.packing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        eval_strategy=evaluation.strategy,
+        eval_steps=evaluation.steps if evaluation.strategy == "steps" else None,
+        eval_on_start=evaluation.at_start,
+        prediction_loss_only=True,
+        logging_steps=recipe.logging.steps,
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=True,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def start_process_group(args: SFTConfig) -> None:
+    """Start it before the model is built: zero.Init would otherwise shard over a world of one."""
+    device = args.device  # transformers sets up devices, and with them the process group, on first use
+    if args.deepspeed is not None:
+        import deepspeed
+
+        # A running group is taken over; without this call DeepSpeed's own layer still counts one rank.
+        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
+
+
+def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
+    """Load the base (sharded under ZeRO-3), then attach the adapter outside zero.Init so that it stays fp32."""
+    base = load_base_model(prepared.recipe, prepared.config, prepared.attention)
+    transformers.set_seed(args.seed)
+    model = attach_adapter(base, prepared.recipe.adapter)
+    if prepared.deepspeed is not None:
+        # The same dict that accelerate will hand to deepspeed.initialize.
+        size_for_adapter(args.hf_deepspeed_config.config, prepared.plan.trainable_sizes, prepared.plan.base_sizes)
+    return model
+
+
+def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> RecipeTrainer:
+    """The trainer with its callbacks; transformers' own progress printing is replaced."""
+    recipe, plan = prepared.recipe, prepared.plan
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.data.train,
+        eval_dataset=prepared.data.eval,
+        processing_class=prepared.tokenizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(StartupChecks(trainer))
+    matmul_parameters = plan.base_parameters - plan.embedding_parameters
+    trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
+    trainer.add_callback(ProgressLine())
+    if recipe.logging.tensorboard:
+        folder = Path(recipe.training.output_dir) / "tensorboard"
+        trainer.add_callback(TensorBoardLogs(trainer, folder, recipe.logging.histograms))
+    return trainer
+
+
+def collect_metrics(trainer: RecipeTrainer, result: Any, final_eval: dict[str, float] | None) -> dict[str, Any]:
+    """The run in numbers: first and last evaluation, the log history, the totals."""
+    history = trainer.state.log_history
+    evaluations = [row for row in history if "eval_loss" in row]
+    first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
+    metrics: dict[str, Any] = {
+        "steps": result.global_step,
+        "train_runtime_s": result.metrics.get("train_runtime"),
+        "history": [row for row in history if "loss/task" in row],
+    }
+    if first is not None:
+        metrics["eval_start"] = {"loss": first["eval_loss"]}
+    if final_eval is not None:
+        metrics["eval_end"] = {"loss": final_eval["eval_loss"]}
+    return metrics
+
+
+def save_results(trainer: RecipeTrainer, prepared: Prepared, metrics: dict[str, Any]) -> None:
+    """Write OUTPUT_DIR/adapter (PEFT format, fp32, with a model card) and OUTPUT_DIR/metrics.json."""
+    output = Path(prepared.recipe.training.output_dir)
+    trainer.save_model(str(output / "adapter"))
+    if trainer.is_world_process_zero():
+        summary = {key: metrics[key] for key in ("steps", "train_runtime_s") if metrics.get(key) is not None}
+        summary |= {f"{key}_loss": metrics[key]["loss"] for key in ("eval_start", "eval_end") if key in metrics}
+        if metrics["history"]:
+            last = metrics["history"][-1]
+            summary |= {key: last[key] for key in ("loss/task", "loss/neg_elbo") if key in last}
+        write_model_card(output / "adapter", prepared.recipe, prepared.data.report, summary)
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        logger.info("adapter saved and read back: %s", output / "adapter")
+
+
+def _use_cpu(recipe: Recipe) -> bool:
+    stated = recipe.training.use_cpu
+    if stated is False and not torch.cuda.is_available():
+        raise RecipeError("training.use_cpu: false, but there is no CUDA device here")
+    return not torch.cuda.is_available() if stated is None else stated
+
+
+def _set_up_process(prepared: Prepared) -> None:
+    """Environment of a process that no launcher set up, and a fair share of the cores on CPU."""
+    if prepared.use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "":
+            local_ranks = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", _env_int("WORLD_SIZE", 1)))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def shut_down() -> None:
+    """End the process group, so that no rank is left waiting at interpreter exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _env_int(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
