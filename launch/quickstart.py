@@ -15,6 +15,9 @@ The task is new to the base model: three function words of a sentence are blanke
     Text: The "while" statement _ used for repeated execution _ long as _ expression is true.
     Missing words: is, as, an
 
+What a small model learns of it in two minutes is the form of the answer and how often each word is one, hardly yet
+which word stands where: the held-out loss falls by about three quarters, of which the form is the larger share.
+
 `report` draws the losses of a finished run and says whether the adapter beat the base model on held-out sentences.
 Exit codes: 0 done; 1 the held-out loss did not fall; 2 something is missing (one line says what).
 """
@@ -389,7 +392,7 @@ def draw_losses(metrics: dict, path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (task_axis, elbo_axis) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (task_axis, elbo_axis) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     history = metrics["history"]
     _draw_series(task_axis, history, "loss/task", "training batches", color="tab:blue")
     for key, label, color in (("eval_start", "base", "tab:red"), ("eval_end", "adapted", "tab:green")):
@@ -412,7 +415,7 @@ def draw_losses(metrics: dict, path: Path) -> Path:
     for axis in (task_axis, elbo_axis):
         axis.grid(alpha=0.3)
         if axis.lines:
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)  # below the panel
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

@@ -102,12 +102,10 @@ class FVAELinear(nn.Module, BaseTunerLayer):
             dtype = x.dtype if x.dtype in _NARROW else lora_B.weight.dtype
         # Statistics stay in fp32 under an outer autocast; the casts of the large products are explicit.
         with torch.autocast(device_type, enabled=False):
-            x = x.to(dtype)
-            if not self.training:
-                return lora_B(vae.encoder1.mean_only(x).to(dtype)) * self.scaling[name]
-            z1, mean1, *terms = vae(x)
-            token_terms = TokenTerms(*terms)
-            side_loss.report(self, name, neg_elbo(token_terms, self.fvae_config[name]), token_terms, mean1)
+            z1, *rest = vae(x.to(dtype))
+            if rest:
+                mean1, terms = rest[0], TokenTerms(*rest[1:])
+                side_loss.report(self, name, neg_elbo(terms, self.fvae_config[name]), terms, mean1)
             return lora_B(z1.to(dtype)) * self.scaling[name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

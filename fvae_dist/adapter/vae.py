@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         return mean, self.logvar(hidden).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
     def mean_only(self, x: Tensor) -> Tensor:
-        """The mean alone: all that evaluation needs."""
+        """The mean alone, (..., D) -> (..., R), fp32: all that evaluation needs."""
         return self.mean(wide(self.trunk(x)))
 
 
@@ -122,14 +122,19 @@ class FactorizedVAE(Fp32Module):
         self.decoder = Decoder(in_features, config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Training: sample both latents and decode.
+        """Training: sample both latents and decode. Evaluation: the mean of q1, and nothing else is computed.
+
+        Everything goes through this one forward, so that ZeRO-3 may treat the module as a leaf: one gather and one
+        set of hooks instead of some twenty.
 
         Args:
             x: input of the adapted linear, (..., D), fp32 or 16 bit.
 
         Returns:
-            z1 (..., R), the mean of q1 (..., R), then the fields of `TokenTerms`, each (...); all fp32.
+            z1 (..., R); in training also the mean of q1 (..., R) and the fields of `TokenTerms`, each (...); all fp32.
         """
+        if not self.training:
+            return (self.encoder1.mean_only(x),)
         mean1, logvar1 = self.encoder1(x)
         mean2, logvar2 = self.encoder2(x)
         z1, z2 = sample(mean1, logvar1), sample(mean2, logvar2)

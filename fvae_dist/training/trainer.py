@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fvae_dist.adapter import FVAELinear, side_loss
+from fvae_dist.adapter.vae import FactorizedVAE
 from fvae_dist.training.saving import save_adapter
 
 
@@ -47,6 +48,8 @@ class FVAETrainerMixin:
         self._use_non_reentrant_checkpointing()
         self._fvae_layers = [module for module in self.model.modules() if isinstance(module, FVAELinear)]
         self._refuse_padded_packing()
+        if self._zero3():
+            _treat_vaes_as_leaves(self.model)
         # Skipping non-finite losses in the logs would hide what _stop_if_not_finite stops at.
         self.args.logging_nan_inf_filter = False
         self._step_tokens: Tensor | None = None
@@ -205,6 +208,14 @@ class _LogWindow:
 
 # transformers 5.23 renamed the argument and keeps the old name as an alias.
 _CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+
+def _treat_vaes_as_leaves(model: torch.nn.Module) -> None:
+    """One gather and one set of ZeRO-3 hooks for a whole VAE; must precede deepspeed.initialize."""
+    if any(isinstance(module, FactorizedVAE) for module in model.modules()):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [FactorizedVAE])
 
 
 def _drop_stale_forward_stack() -> None:
