@@ -60,7 +60,9 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(-1)
 
 
-def token_terms(nll: Tensor, z1: Tensor, z2: Tensor, mean1: Tensor, logvar1: Tensor, z2_prior_mean: float) -> TokenTerms:
+def token_terms(
+    nll: Tensor, z1: Tensor, z2: Tensor, mean1: Tensor, logvar1: Tensor, z2_prior_mean: float
+) -> TokenTerms:
     """Collect the four terms of the reference's objective; squares are averaged over R."""
     return TokenTerms(
         nll=nll,

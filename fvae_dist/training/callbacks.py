@@ -118,7 +118,9 @@ class TensorBoardLogs(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             # Steps after the resume point were lost with the interrupted run: purge them from the curves.
-            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1 if state.global_step else None)
+            self.writer = SummaryWriter(
+                str(self.folder), purge_step=state.global_step + 1 if state.global_step else None
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.writer is None or not logs:

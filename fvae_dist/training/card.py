@@ -48,5 +48,8 @@ def write_model_card(folder: Path, recipe: Recipe, data_report: dict[str, Any], 
 
 
 def _table(rows: dict[str, Any]) -> str:
-    lines = [f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in rows.items()]
+    lines = [
+        f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in rows.items()
+    ]
     return "\n".join(["| name | value |", "|---|---|", *lines])

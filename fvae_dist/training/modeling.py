@@ -88,7 +88,9 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
     peft_type = values.pop("peft_type", "FVAE_LORA")
     known_types = {str(getattr(t, "value", t)): cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if peft_type not in known_types:
-        raise RecipeError(f"adapter.peft_type: {unknown_key(str(peft_type), sorted(known_types))}".replace("key", "type"))
+        raise RecipeError(
+            f"adapter.peft_type: {unknown_key(str(peft_type), sorted(known_types))}".replace("key", "type")
+        )
     config_cls = known_types[peft_type]
     known = {field.name for field in fields(config_cls) if field.init}
     for key in values:
@@ -190,9 +192,7 @@ def load_base_model(recipe: Recipe, config: PretrainedConfig, attention: str) ->
                 **kwargs,
             )
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(
-                f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}"
-            ) from None
+            raise RecipeError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from None
     model.config.use_cache = False
     model.requires_grad_(False)
     return model

@@ -40,7 +40,8 @@ class ModelSection(_Section):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository brings along.")
     random_weights: bool = Field(
-        False, description="Build the model from its config.json with random weights (benchmarks; seed = training.seed)."
+        False,
+        description="Build the model from its config.json with random weights (benchmarks; seed = training.seed).",
     )
 
 

@@ -1,0 +1,34 @@
+"""Tiny random causal language models of the architectures that the tests run on."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2")
+VOCAB_SIZE = 64
+
+_LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SIZES = {
+    "llama": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": None},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+    """A two-layer model of 32 features with weights from seed 0, in evaluation mode; `overrides` go to its config."""
+    settings = {"vocab_size": VOCAB_SIZE, **_SIZES[name], **overrides}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
+    return model.to(dtype).eval()
