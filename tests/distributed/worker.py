@@ -1,0 +1,456 @@
+"""One rank of the distributed tests: python worker.py FOLDER RANK WORLD_SIZE SCENARIO...
+
+The imports cost ten seconds a rank, so one launch runs every scenario, one after the other. Each writes
+FOLDER/SCENARIO.RANK.pt, a dict for the tests to compare; one that raises writes its traceback there instead. The ranks
+find each other through a file, so that no port can be taken.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+import traceback
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from peft import LoraConfig, get_peft_model
+from tiny import attach, fixed_noise, load, rows
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from fvae_dist import FVAETrainerMixin
+from fvae_dist.training.callbacks import StartupChecks
+from fvae_dist.training.checks import StartupError
+from fvae_dist.training.deepspeed_config import load_deepspeed_config
+from fvae_dist.training.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60  # of a collective: a scenario that fails on one rank must not hold the other for longer
+
+
+class _Recording:
+    """Keeps every batch this rank saw, and counts the modules left on ZeRO-3's forward stack."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        self.seen = [*getattr(self, "seen", []), [batch["input_ids"][:, 0].tolist() for batch in samples]]
+        return samples, num_items
+
+
+class SFT(_Recording, FVAETrainerMixin, SFTTrainer):
+    pass
+
+
+class Plain(_Recording, FVAETrainerMixin, transformers.Trainer):
+    pass
+
+
+class Watch(TrainerCallback):
+    """Reads gradients right before DeepSpeed's first optimizer step, and the facts that hold while training."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.facts: dict[str, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine, model = self.trainer.deepspeed, self.trainer.model
+        step = engine.step
+
+        def read_then_step(*step_args, **step_kwargs):
+            if not self.gradients:
+                for name, parameter in trainable(model).items():
+                    self.gradients[name] = safe_get_full_grad(parameter).clone()
+            return step(*step_args, **step_kwargs)
+
+        engine.step = read_then_step
+        self.facts["start"] = whole(trainable(model))
+        self.facts["frozen"] = whole(frozen(model))
+        self.facts["seed_draw"] = torch.randn(4)
+        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+        self.facts["checkpointing"] = [function.keywords for function in functions if function is not None]
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def whole(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Values of parameters that ZeRO-3 may have sharded. All ranks must call this."""
+    sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+class Run:
+    """Settings of one training run of the tiny model, through the real mixin, and what came out of it."""
+
+    def __init__(self, folder: Path, name: str, **settings: Any):
+        self.folder, self.output = folder, folder / "out" / name
+        self.settings = {
+            "trainer": SFT,
+            "stage": 3,
+            "micro_batch": 2,
+            "accumulation": 1,
+            "checkpointing": True,
+            "dtype": "float32",
+            "num_rows": 8,
+            "steps": 1,
+            "learning_rate": 1e-3,
+            "config": None,
+            "zero": {},
+            "drop": (),
+            "adapter": {},
+            "lora": False,
+            "startup_checks": True,
+            "arguments": {},
+            "callbacks": (),
+        } | settings
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The project's own configuration; all weights of the tiny model are sharded, none is kept whole."""
+        s = self.settings
+        sections = {
+            "model": {"name_or_path": str(self.folder / "model"), "dtype": s["dtype"]},
+            "data": {"train": [{"path": "unused"}]},
+            "training": {
+                "output_dir": str(self.output),
+                "deepspeed": str(ROOT / "ds_configs" / (s["config"] or f"zero{s['stage']}.json")),
+                "per_device_train_batch_size": s["micro_batch"],
+                "gradient_accumulation_steps": s["accumulation"],
+                "max_grad_norm": s["arguments"].get("max_grad_norm", 1.0),
+            },
+        }
+        if s["stage"] == 0:
+            sections["training"]["deepspeed"] = str(ROOT / "ds_configs" / "zero2.json")
+        config = load_deepspeed_config(Recipe.model_validate(sections), dist.get_world_size())
+        if s["stage"] == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config["zero_optimization"].update({"stage": s["stage"], "reduce_bucket_size": 100_000} | s["zero"])
+        for key in s["drop"]:
+            del config[key]
+        return config
+
+    def build(self) -> Any:
+        """Arguments, model and trainer, in the order of training/run.py."""
+        s = self.settings
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+        values = dict(
+            output_dir=str(self.output),
+            deepspeed=self.deepspeed_config(),
+            use_cpu=True,
+            bf16=s["stage"] == 3 and s["dtype"] == "bfloat16",
+            per_device_train_batch_size=s["micro_batch"],
+            per_device_eval_batch_size=2,
+            gradient_accumulation_steps=s["accumulation"],
+            gradient_checkpointing=s["checkpointing"],
+            max_steps=s["steps"],
+            learning_rate=s["learning_rate"],
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=5,
+            data_seed=5,
+        ) | s["arguments"]
+        if issubclass(s["trainer"], SFTTrainer):
+            special = dict(max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+            args = SFTConfig(**values, **special)
+        else:
+            args = TrainingArguments(**values)
+        model = load(self.folder / "model", getattr(torch, s["dtype"]))
+        transformers.set_seed(11)
+        if s["lora"]:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        else:
+            model = attach(model, **s["adapter"])
+        if "prepare_model" in s:
+            s["prepare_model"](model)
+        self.trainer = s["trainer"](
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(rows(s["num_rows"])),
+            eval_dataset=Dataset.from_list(rows(6, seed=3)),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
+            processing_class=AutoTokenizer.from_pretrained(self.folder / "model"),
+        )
+        if s["startup_checks"]:
+            self.trainer.add_callback(StartupChecks(self.trainer))
+        self.watch = Watch(self.trainer)
+        for callback in (self.watch, *(make(self.trainer) for make in s["callbacks"])):
+            self.trainer.add_callback(callback)
+        return self.trainer
+
+    def train(self, resume: str | None = None) -> dict[str, Any]:
+        trainer = self.build()
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+            return self.results()
+        finally:
+            self.close()
+
+    def results(self) -> dict[str, Any]:
+        trainer = self.trainer
+        masters = {name: safe_get_full_fp32_param(p) for name, p in trainable(trainer.model).items()}
+        from deepspeed.runtime.zero import parameter_offload
+
+        return {
+            "gradients": self.watch.gradients,
+            **self.watch.facts,
+            "frozen_after": whole(frozen(trainer.model)),
+            "final": whole(trainable(trainer.model)),
+            "masters": masters,
+            "dtypes": {name: str(p.dtype) for name, p in trainer.model.named_parameters()},
+            "log": trainer.state.log_history,
+            "seen": trainer.seen,
+            "forward_stack": len(parameter_offload.FWD_MODULE_STACK),
+            "stage": trainer.deepspeed.zero_optimization_stage(),
+        }
+
+    def close(self) -> None:
+        """Forget the engine: its hooks and buffers must not outlive the scenario."""
+        engine = getattr(self.trainer, "deepspeed", None)
+        if engine is not None:
+            engine.destroy()
+        self.trainer = self.watch = None
+        gc.collect()
+
+
+# ------------------------------------------------------------------------------------------------------ scenarios
+
+
+def loading(folder: Path) -> dict[str, Any]:
+    """Private memory of this rank while a 260 MB model is loaded under ZeRO-3."""
+    run = Run(folder, "loading", dtype="bfloat16")
+    unset_hf_deepspeed_config()
+    args = TrainingArguments(output_dir=str(run.output), deepspeed=run.deepspeed_config(), use_cpu=True, bf16=True)
+    load(folder / "model", torch.bfloat16)  # warms up what a first load allocates for good
+    gc.collect()
+    with PeakMemory() as memory:
+        model = load(folder / "large", torch.bfloat16)
+    shards = [parameter.ds_tensor for parameter in model.parameters()]
+    result = {
+        "shard_bytes": sum(shard.numel() * shard.element_size() for shard in shards),
+        "dtypes": {str(shard.dtype) for shard in shards},
+        "peak_growth_bytes": memory.peak - memory.before,
+        "final_growth_bytes": private_bytes() - memory.before,
+    }
+    del args, model, shards
+    gc.collect()
+    return result
+
+
+def private_bytes() -> int:
+    """Anonymous resident memory: file pages of mapped weights are shared and can be dropped, so they do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no RssAnon in /proc/self/status")
+
+
+class PeakMemory:
+    """Samples this process's private memory every 2 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = private_bytes()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, private_bytes())
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def gradients(folder: Path, **settings: Any) -> dict[str, Any]:
+    """One step over eight rows: 2 ranks x micro-batch x accumulation = 8, in whatever split `settings` asks for."""
+    with fixed_noise():
+        return Run(folder, "gradients", arguments={"max_grad_norm": 0.0}, **settings).train()
+
+
+def five_steps(folder: Path) -> dict[str, Any]:
+    """bf16 base under ZeRO-3, random noise, dropout; saved at the end."""
+    adapter = {"encoder_dropout": 0.1, "decoder_dropout": 0.1}
+    run = Run(folder, "five_steps", dtype="bfloat16", steps=5, num_rows=20, adapter=adapter)
+    trainer = run.build()
+    try:
+        trainer.train()
+        trainer.save_model(str(run.output / "adapter"))
+        engine = trainer.deepspeed
+        evaluation = trainer.evaluate()
+        result = run.results()
+        result["eval_loss"] = evaluation["eval_loss"]
+        result["shards"] = {str(p.ds_tensor.dtype) for p in trainable(trainer.model).values()}
+        result["frozen_shards"] = {str(p.ds_tensor.dtype) for p in frozen(trainer.model).values()}
+        result["communication"] = str(engine.communication_data_type)
+        result["accumulation"] = str(engine.optimizer.gradient_accumulation_dtype)
+        result["buckets"] = [str(dtype) for dtype in engine.optimizer.ipg_buckets]
+        return result
+    finally:
+        run.close()
+
+
+def hundred_steps(folder: Path) -> dict[str, Any]:
+    """AdamW steps of 1e-4: bf16 would lose each of them on a weight of size one."""
+    run = Run(folder, "hundred_steps", dtype="bfloat16", steps=100, num_rows=8, learning_rate=1e-4, checkpointing=False)
+    trainer = run.build()
+    try:
+        trainer.train()
+        trainer.save_model(str(run.output / "adapter"))
+        return run.results()
+    finally:
+        run.close()
+
+
+def unsafe_precision(folder: Path) -> dict[str, Any]:
+    """What StartupChecks says to three broken set-ups."""
+
+    def narrow(model: torch.nn.Module) -> None:
+        for parameter in trainable(model).values():
+            parameter.data = parameter.data.bfloat16()
+
+    settings = {
+        "no_communication_dtype": {"drop": ["communication_data_type"]},
+        "no_accumulation_dtype": {"drop": ["data_types"]},
+        "narrow_adapter": {"prepare_model": narrow},
+    }
+    messages = {}
+    for name, broken in settings.items():
+        try:
+            Run(folder, name, dtype="bfloat16", **broken).train()
+            messages[name] = "no error"
+        except StartupError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def resume(folder: Path) -> dict[str, Any]:
+    """Four steps at a stretch, and the last two of them again from the checkpoint; noise and dropout are random."""
+    settings = {
+        "dtype": "bfloat16",
+        "steps": 4,
+        "num_rows": 40,
+        "accumulation": 2,
+        "adapter": {"encoder_dropout": 0.1, "decoder_dropout": 0.1},
+        "arguments": {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    }
+    uninterrupted = Run(folder, "resume", **settings)
+    first = uninterrupted.train()
+    torch.manual_seed(12345)
+    second = Run(folder, "resumed", **settings).train(resume=str(uninterrupted.output / "checkpoint-2"))
+    return {"uninterrupted": first, "resumed": second}
+
+
+def lora(folder: Path) -> dict[str, Any]:
+    run = Run(folder, "lora", dtype="bfloat16", steps=3, num_rows=12, lora=True)
+    trainer = run.build()
+    try:
+        trainer.train()
+        trainer.save_model(str(run.output / "adapter"))
+        return run.results()
+    finally:
+        run.close()
+
+
+def half_precision(folder: Path) -> dict[str, Any]:
+    """A float16 base: ZeRO-3 derives its loss scaler from the first trained parameter, which is fp32."""
+    with fixed_noise():
+        return Run(folder, "fp16", dtype="float16", steps=2).train()
+
+
+def non_finite(folder: Path) -> None:
+    """NaN on rank 1 in step 3, through the embedding; the error is raised out of the process on both ranks."""
+
+    class Poison(TrainerCallback):
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2 and dist.get_rank() == 1:
+                embedding = self.trainer.model.get_input_embeddings()
+                embedding.register_forward_hook(lambda module, args, output: output * float("nan"))
+
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    run = Run(folder, "non_finite", steps=5, num_rows=20, arguments=arguments, callbacks=(Poison,))
+    trainer = run.build()
+    try:
+        trainer.train()
+    except BaseException as error:
+        seen = trainer.seen
+        torch.save({"error": type(error).__name__, "message": str(error), "seen": seen}, result_file(folder, "non_finite"))
+        raise
+
+
+SCENARIOS: dict[str, Any] = {
+    "loading": loading,
+    "sft_zero3": lambda folder: gradients(folder, micro_batch=4),
+    "sft_zero3_accumulation": lambda folder: gradients(folder, accumulation=2),
+    "sft_zero3_no_checkpointing": lambda folder: gradients(folder, micro_batch=4, checkpointing=False),
+    "sft_zero2": lambda folder: gradients(folder, stage=2, micro_batch=4),
+    "sft_zero2_accumulation": lambda folder: gradients(folder, stage=2, accumulation=2, checkpointing=False),
+    "sft_zero0_accumulation": lambda folder: gradients(folder, stage=0, accumulation=2),
+    "plain_zero3": lambda folder: gradients(folder, trainer=Plain, micro_batch=4),
+    "plain_zero3_accumulation": lambda folder: gradients(folder, trainer=Plain, accumulation=2, checkpointing=False),
+    "plain_zero2_accumulation": lambda folder: gradients(folder, trainer=Plain, stage=2, accumulation=4, micro_batch=1),
+    "offload": lambda folder: gradients(folder, config="zero3_cpu_offload.json", micro_batch=4),
+    "five_steps": five_steps,
+    "hundred_steps": hundred_steps,
+    "unsafe_precision": unsafe_precision,
+    "resume": resume,
+    "lora": lora,
+    "half_precision": half_precision,
+    "hpz": lambda folder: gradients(folder, config="zero3_hpz.json", micro_batch=4, zero={"zero_hpz_partition_size": 2}),
+    "non_finite": non_finite,  # last: it ends the process
+}
+
+
+def result_file(folder: Path, scenario: str) -> Path:
+    return folder / f"{scenario}.{dist.get_rank()}.pt"
+
+
+def main(folder: Path, rank: int, world_size: int, names: list[str]) -> None:
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend="gloo")
+    for name in names:
+        started = time.monotonic()
+        try:
+            result = SCENARIOS[name](folder)
+        except Exception:
+            if name == "non_finite":
+                raise
+            traceback.print_exc()
+            result = {"traceback": traceback.format_exc()}
+        torch.save(result, result_file(folder, name))
+        print(f"[{rank}] {name}: {time.monotonic() - started:.1f} s", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,125 @@
+"""What only a GPU shows; run with tests/run.sh -m gpu."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_flash_attn_2_available
+
+from fvae_dist import FVAELoraConfig, side_loss
+from fvae_dist.adapter import FVAELinear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+BF16_RTOL = 1.6e-2
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
+
+
+class _Model(nn.Module):
+    def __init__(self, layer: FVAELinear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def run_layer(model: _Model, x: torch.Tensor, noise: list[torch.Tensor], monkeypatch) -> dict[str, torch.Tensor]:
+    draws = iter(noise)
+    monkeypatch.setattr(torch, "randn_like", lambda like: next(draws).to(like))
+    x = x.detach().clone().requires_grad_(True)
+    with side_loss.collect(model) as collected:
+        y = model(x)
+    (1000 * y.float().square().mean() + collected.neg_elbo).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "neg_elbo": collected.neg_elbo.detach(), "x": x.grad, **gradients}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 125, 2048])
+def test_layer_bf16_matches_float64(num_tokens, monkeypatch):
+    torch.manual_seed(0)
+    config = FVAELoraConfig(encoder_dropout=0.0, decoder_dropout=0.0)
+    model = _Model(FVAELinear(nn.Linear(1024, 512), "default", config)).cuda()
+    with torch.no_grad():
+        for parameter in model.layer.fvae_vae.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    # Inputs and weights that bf16 holds exactly: the error is that of the computation, not of rounding the problem.
+    x = torch.randn(1, num_tokens, 1024, device="cuda").bfloat16()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    reference = copy.deepcopy(model).double()
+    model.layer.base_layer.bfloat16()
+    noise = [torch.randn(1, num_tokens, 16, device="cuda") for _ in range(2)]
+    expected = run_layer(reference, x.double(), noise, monkeypatch)
+    actual = run_layer(model, x, noise, monkeypatch)
+    errors = {name: relative_error(actual[name], value) for name, value in expected.items() if name in actual}
+    assert set(expected) - set(actual) == set()
+    # A lone token's ReLU pattern may flip in bf16; with more tokens the flips average out.
+    limit = BF16_RTOL if num_tokens > 1 else 10 * BF16_RTOL
+    assert max(errors.values()) < limit, {name: error for name, error in errors.items() if error >= limit}
+
+
+def tiny_llama(attention: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.bfloat16).cuda()
+    return get_peft_model(model, FVAELoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> tuple[float, float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    with side_loss.collect(model) as collected:
+        loss = model(input_ids=ids, labels=ids).loss
+    (1000 * loss + collected.neg_elbo).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss), float(collected.neg_elbo), gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_checkpointing_changes_nothing(attention):
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    model = tiny_llama(attention).train()
+    ids = torch.randint(0, 256, (2, 384), device="cuda")
+    loss, neg_elbo, gradients = step(model, ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    loss2, neg_elbo2, gradients2 = step(model, ids)
+    assert (loss, neg_elbo) == (loss2, neg_elbo2)
+    # flash-attn's backward adds in no fixed order, hence the bf16 tolerance.
+    errors = {name: relative_error(gradients2[name], value) for name, value in gradients.items() if value.norm() > 0}
+    assert max(errors.values()) < BF16_RTOL
+
+
+def test_packed_flash_attention_equals_separate_documents():
+    if not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    model = tiny_llama("flash_attention_2").eval()
+    documents = [torch.randint(0, 256, (1, length), device="cuda") for length in (64, 200, 1, 119)]
+    lengths = torch.tensor([d.shape[1] for d in documents], dtype=torch.int32)
+    borders = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]).cuda()
+    with torch.no_grad():
+        separate = torch.cat([model(input_ids=d).logits for d in documents], dim=1)
+        packed = model(
+            input_ids=torch.cat(documents, dim=1),
+            position_ids=torch.cat([torch.arange(int(n)) for n in lengths])[None].cuda(),
+            cu_seq_lens_q=borders,
+            cu_seq_lens_k=borders,
+            max_length_q=int(lengths.max()),
+            max_length_k=int(lengths.max()),
+        ).logits
+    assert relative_error(packed, separate) < BF16_RTOL
