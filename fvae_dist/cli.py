@@ -6,10 +6,15 @@ import argparse
 import logging
 import os
 import sys
+import time
+import warnings
+from typing import NoReturn
 
-from fvae_dist.training.recipe import RecipeError, describe_recipe, load_recipe
+from fvae_dist.training.recipe import RecipeError, describe_recipe
+from fvae_dist.training.recipe_file import load_recipe
 
 EXIT_BAD_INPUT = 2
+_GRACE_S = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +32,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_command(argv: list[str] | None = None) -> int:
     """Train from a recipe. Exit codes: 0 done, 2 bad recipe, data or argument; anything else is a crash."""
-    parser = argparse.ArgumentParser(
+    _set_up_output()
+    try:
+        args = _parse(argv)
+        if args.help_recipe:
+            print(describe_recipe())
+            return 0
+        return _train(args)
+    except RecipeError as error:
+        _report(error)
+        return EXIT_BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument as every other bad input: one line, from one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message} (see --help)")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
         prog="launch/train.py",
+        allow_abbrev=False,
         description="Fine-tune with FVAE-LoRA, or any PEFT method, from a recipe.",
         epilog="Launch: deepspeed launch/train.py --config launch/recipes/quickstart.yaml",
     )
@@ -40,18 +66,11 @@ def train_command(argv: list[str] | None = None) -> int:
     parser.add_argument("--help-recipe", action="store_true", help="every recipe key with type, default and meaning")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args(argv)
-    if args.help_recipe:
-        print(describe_recipe())
-        return 0
-    if not args.config:
+    if not args.config and not args.help_recipe:
         parser.error("--config is required")
-    _set_up_logging()
-    try:
-        return _train(args)
-    except RecipeError as error:
-        if _is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+    if args.devices is not None and (args.devices < 1 or not args.dry_run):
+        parser.error("--devices is a number > 0 and goes with --dry-run")
+    return args
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -59,11 +78,13 @@ def _train(args: argparse.Namespace) -> int:
     # Imported only now: a mistake in the recipe is reported in a second.
     from fvae_dist.training import run
 
-    prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run)
+    devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
+    prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run, devices=devices)
     if args.dry_run:
         from fvae_dist.training.dry_run import describe
 
-        print(describe(prepared, args.devices or int(os.environ.get("WORLD_SIZE", "1"))))
+        if _is_main():
+            print(describe(prepared, devices))
         return 0
     try:
         run.train(prepared)
@@ -72,11 +93,28 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(error: RecipeError) -> None:
+    """Print the error as one line, by one rank.
+
+    Every rank meets the same error, and when one exits the launcher ends the others: a rank that left before rank 0
+    had printed would leave the user with nothing. Whoever still lives after its wait has met an error of its own (a
+    file that is missing on this node only) and prints it.
+    """
+    if not _is_main():
+        time.sleep(_GRACE_S if os.environ.get("LOCAL_RANK", "0") == "0" else 2 * _GRACE_S)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 def _is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _set_up_logging() -> None:
+def _set_up_output() -> None:
+    """Log to stderr, from rank 0; leave out what a user can do nothing about."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    # Without a network it announces every retry twice; what failed is in the error that follows.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     level = logging.INFO if _is_main() else logging.ERROR
     logging.basicConfig(level=logging.WARNING if _is_main() else logging.ERROR, format="%(name)s: %(message)s")
     logging.getLogger("fvae_dist").setLevel(level)

@@ -70,13 +70,13 @@ class Settings:
 
 FAST = Settings(
     vocab_size=512,
-    hidden_size=32,
+    hidden_size=96,
     num_layers=2,
-    num_steps=25,
-    batch_size=4,
-    sequence_length=64,
-    num_train_pairs=80,
-    num_heldout_pairs=20,
+    num_steps=100,
+    batch_size=8,
+    sequence_length=96,
+    num_train_pairs=400,
+    num_heldout_pairs=40,
 )
 
 

@@ -2,6 +2,7 @@
 # From a fresh clone to a fine-tuned adapter: installs into .venv, makes a tiny base model and data from text that Python
 # brings along, fine-tunes it with FVAE-LoRA under ZeRO-3 (two CPU ranks, or every GPU), evaluates and plots.
 # Nothing but packages is downloaded. A second run reuses environment, model and data.
+#   bash launch/quickstart.sh [--fast] [--set section.key=value ...]    --fast: a much smaller model, to see it run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
@@ -16,7 +17,12 @@ else
   export DS_ACCELERATOR=cpu
 fi
 
-python launch/quickstart.py prepare --dir .quickstart
+fast=
+if [ "${1:-}" = --fast ]; then
+  fast=--fast
+  shift
+fi
+python launch/quickstart.py prepare --dir .quickstart $fast
 # A free port, so that two quickstarts on one machine do not meet.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # shellcheck disable=SC2086  # $ranks is two words

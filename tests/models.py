@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fvae_dist import FVAELoraConfig
+
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2")
 VOCAB_SIZE = 64
 
@@ -32,3 +34,23 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> Pr
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
     return model.to(dtype).eval()
+
+
+def tiny_adapter(**settings) -> FVAELoraConfig:
+    """An adapter configuration small enough for the models here; `settings` override it."""
+    return FVAELoraConfig(**{"r": 4, "encoder_hidden": 8, "decoder_layers": 2, "decoder_hidden": 8, **settings})
+
+
+def randomise(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """Add noise to every adapter parameter, so that nothing about the adapters is zero any more; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "fvae_" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
+
+
+def token_ids(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """Random token ids (batch, length), none of them special."""
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))

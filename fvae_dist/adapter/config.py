@@ -11,6 +11,7 @@ from peft import PeftConfig
 from fvae_dist.adapter.registration import add_peft_type
 
 
+# ruff: noqa: RUF009 - `_field` only makes a dataclass field.
 def _field(default, text: str):
     return field(default=default, metadata={"help": text})
 
@@ -70,6 +71,10 @@ class FVAELoraConfig(PeftConfig):
         self._check_numbers()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform needs target_modules to be a list of names: PEFT ignores it for a string"
+            )
 
     @property
     def scaling(self) -> float:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from fvae_dist.adapter import side_loss
 from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.objective import TokenTerms, neg_elbo
-from fvae_dist.adapter.vae import CastLinear, FactorizedVAE, Fp32Module
-
-_NARROW = (torch.float16, torch.bfloat16)
+from fvae_dist.adapter.vae import NARROW, CastLinear, FactorizedVAE, Fp32Module
 
 
 def linear_features(layer: nn.Module) -> tuple[int, int] | None:
@@ -23,6 +23,8 @@ def linear_features(layer: nn.Module) -> tuple[int, int] | None:
         # Conv1D stores its weight as (in, out); a ZeRO-3 shard has an empty .shape and the real one in .ds_shape.
         rows, columns = getattr(layer.weight, "ds_shape", layer.weight.shape)
         return int(rows), int(columns)
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing
     features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     if isinstance(features[0], int) and isinstance(features[1], int):
         return features
@@ -55,6 +57,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: FVAELoraConfig):
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         features = linear_features(self.get_base_layer())
         if features is None:
             raise ValueError(f"{type(base_layer).__name__} has no in_features and out_features: it cannot be adapted")
@@ -76,11 +79,13 @@ class FVAELinear(nn.Module, BaseTunerLayer):
         self.fvae_config[adapter_name] = config
         self.fvae_vae[adapter_name] = FactorizedVAE(self.in_features, config)
         self.fvae_lora_B[adapter_name] = UpProjection(config.r, self.out_features)
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        on_meta = self.fvae_lora_B[adapter_name].weight.device.type == "meta"
-        if device is not None and device.type != "meta" and not on_meta:
-            self.fvae_vae[adapter_name].to(device)
-            self.fvae_lora_B[adapter_name].to(device)
+        base = self.get_base_layer()
+        of_base = next(chain(base.parameters(), base.buffers()), None)
+        on_meta = self.fvae_lora_B[adapter_name].weight.is_meta
+        for part in (self.fvae_vae[adapter_name], self.fvae_lora_B[adapter_name]):
+            part.float().train(self.training)
+            if of_base is not None and not of_base.is_meta and not on_meta:
+                part.to(of_base.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,7 +104,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         else:
-            dtype = x.dtype if x.dtype in _NARROW else lora_B.weight.dtype
+            dtype = x.dtype if x.dtype in NARROW else lora_B.weight.dtype
         # Statistics stay in fp32 under an outer autocast; the casts of the large products are explicit.
         with torch.autocast(device_type, enabled=False):
             z1, *rest = vae(x.to(dtype))

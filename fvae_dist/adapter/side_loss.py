@@ -13,13 +13,16 @@ forward runs without gradients, which is an error here and not a silently missin
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fvae_dist.adapter.objective import TokenTerms, wide
 
@@ -35,8 +38,8 @@ class _Entry:
     name: str
     adapter: str
     reduction: str
-    # (negative ELBO per token, mask) of each forward, as the layer gave them: a layer reports from inside a checkpointed
-    # region, where multiplying them would save tensors that recomputation does not save again.
+    # (negative ELBO per token, mask) of each forward, as the layer gave them: a layer reports from inside a
+    # checkpointed region, where multiplying them would save tensors that recomputation does not save again.
     reports: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -101,12 +104,16 @@ class Collector:
     def terms(self) -> dict[str, Tensor]:
         """Detached per-layer token means; see the class."""
         self._require_tokens()
+        if not self._with_terms:
+            raise ValueError("terms were not kept: side_loss.collect was called with terms=False")
         return terms_from_sums(self.sums())
 
     def sums(self) -> dict[str, Tensor]:
         """Detached per-layer sums over tokens (L, ...), additive over micro-batches and ranks; `num_tokens` (L,)."""
+        self._require_reports()
         entries = list(self._entries.values())
-        sums = {key: torch.stack([entry.sums[key] for entry in entries]) for key in entries[0].sums}
+        # Active adapters may differ in R: padded with zeros, dimensions that never count as active.
+        sums = {key: _stack_padded([entry.sums[key] for entry in entries]) for key in entries[0].sums}
         sums["num_tokens"] = torch.stack([entry.num_tokens for entry in entries])
         return sums
 
@@ -138,7 +145,7 @@ class Collector:
         """Before each forward of the model: which tokens of it count, where the caller did not say."""
         if self._explicit_mask:
             return
-        mask = kwargs.get("attention_mask")
+        mask = _argument(module, "attention_mask", args, kwargs)
         if mask is None or (torch.is_tensor(mask) and mask.dim() == 2):
             self._mask = mask
         else:
@@ -179,6 +186,13 @@ class Collector:
         return mask.reshape(values.shape)
 
 
+def _argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
+    """The argument of module's forward of that name, passed by position or keyword; None without one."""
+    if name in kwargs or len(args) < 2:
+        return kwargs.get(name)
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(name)
+
+
 @torch.no_grad()
 def _add_terms(entry: _Entry, mask: Tensor, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
     for key, value in {**terms._asdict(), "neg_elbo": neg_elbo}.items():
@@ -187,6 +201,10 @@ def _add_terms(entry: _Entry, mask: Tensor, neg_elbo: Tensor, terms: TokenTerms,
     weights = mask.reshape(-1, 1)
     entry.add("mean1", (mean1 * weights).sum(0))
     entry.add("mean1_sq", (mean1.square() * weights).sum(0))
+
+
+def _stack_padded(values: list[Tensor]) -> Tensor:
+    return pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
 
 
 def terms_from_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -206,7 +224,7 @@ def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = Tr
     Args:
         model: a model with FVAE-LoRA layers (a PeftModel, or one that contains it), in training mode.
         token_mask: 1 for tokens that count, the shape of input_ids; default: the 2-D `attention_mask` that the forward
-            receives as a keyword, all tokens without one.
+            of `model` receives, all tokens without one.
         terms: also keep the detached terms; False saves their small cost.
 
     Yields:
@@ -217,7 +235,9 @@ def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = Tr
         ValueError: mask and layer disagree on the number of tokens.
     """
     collector = Collector(model, token_mask, terms)
-    hook = model.register_forward_pre_hook(collector._see_forward, with_kwargs=True)
+    # The forward of the model inside a PeftModel names its arguments, which PEFT's *args do not.
+    entrance = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = entrance.register_forward_pre_hook(collector._see_forward, with_kwargs=True)
     _open_collectors.append(collector)
     try:
         yield collector

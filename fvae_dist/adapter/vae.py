@@ -1,7 +1,7 @@
 """The VAE that replaces LoRA's down-projection: two encoders, the sampling, the decoder.
 
-Parameters are fp32 and stay so (see `Fp32Module`). The products over D run in the dtype of x; heads, sampling and
-statistics in fp32. Each weight is used only in the forward of the module that owns it and every forward returns plain
+Parameters are fp32 and stay so (see `Fp32Module`). The products over D run in the dtype of x; everything narrower, the
+sampling and the statistics in fp32. Each weight is used only in the forward of the module that owns it and every forward returns plain
 tensors: that is what ZeRO-3's gathering hooks need.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.objective import LOGVAR_LIMIT, diag_gaussian_nll, token_terms, wide
 
-_NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
 
 
 class Fp32Module(nn.Module):
@@ -23,7 +23,7 @@ class Fp32Module(nn.Module):
     def _apply(self, fn, recurse=True):
         def keep_wide(tensor: Tensor) -> Tensor:
             cast = fn(tensor)
-            if cast.dtype in _NARROW and tensor.dtype not in _NARROW:
+            if cast.dtype in NARROW and tensor.dtype not in NARROW:
                 return tensor.to(device=cast.device)
             return cast
 
@@ -48,9 +48,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., features_in) -> (..., hidden), in the dtype of x."""
+        """(..., features_in) -> (..., hidden), fp32. The first product runs in the dtype of x, the narrow rest in fp32."""
         for linear in self.linears:
-            x = self.dropout(F.relu(linear(x)))
+            x = self.dropout(F.relu(wide(linear(x))))
         return x
 
 
@@ -71,15 +71,15 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) -> mean and log-variance, each (..., R), fp32; the log-variance clamped to [-20, 20]."""
-        hidden = wide(self.trunk(x))
-        mean = self.mean(hidden)
+        hidden = self.trunk(x)
+        mean = wide(self.mean(hidden))
         if self.logvar_trunk is not None:
-            hidden = wide(self.logvar_trunk(x))
-        return mean, self.logvar(hidden).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
+            hidden = self.logvar_trunk(x)
+        return mean, wide(self.logvar(hidden)).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
     def mean_only(self, x: Tensor) -> Tensor:
         """The mean alone, (..., D) -> (..., R), fp32: all that evaluation needs."""
-        return self.mean(wide(self.trunk(x)))
+        return wide(self.mean(self.trunk(x)))
 
 
 class Decoder(nn.Module):
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor, x: Tensor) -> Tensor:
         """Negative log-likelihood of x (..., D) given z1, z2 (..., R), nats per token: (...), fp32."""
         z = torch.cat([z1, z2], dim=-1) if self.fusion == "concat" else (z1 + z2) / 2
-        xhat = self.output(self.layers(z.to(x.dtype)))
+        xhat = self.output(self.layers(z).to(x.dtype))
         # |scale| equals the reference's scale wherever that one is defined, and cannot turn negative.
         return diag_gaussian_nll(x, xhat, self.scale.abs() + 1e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -23,8 +24,9 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> str | None:
         resume: None, "auto" (newest complete one in `output_dir`, none is fine) or a checkpoint folder.
 
     Raises:
-        RecipeError: the folder named is not a complete checkpoint.
+        RecipeError: the folder named is not a complete checkpoint, or `output_dir` can be no folder.
     """
+    _check_is_folder(Path(output_dir))
     if resume is None:
         return None
     if resume != "auto":
@@ -56,7 +58,7 @@ def what_is_missing(folder: Path) -> str:
     state = folder / "trainer_state.json"
     try:
         json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{state.name} is missing or unreadable"
     try:
         with safe_open(folder / ADAPTER_FILE, framework="pt") as tensors:
@@ -65,24 +67,40 @@ def what_is_missing(folder: Path) -> str:
     except (OSError, SafetensorError):
         return f"{ADAPTER_FILE} is missing or unreadable"
     tag = folder / "latest"
-    if tag.is_file() and not any((folder / tag.read_text().strip()).glob("*optim_states.pt")):
-        return "the optimizer's shards are missing"
+    if tag.is_file():
+        name = tag.read_text(encoding="utf-8", errors="replace").strip()
+        if not name or not any((folder / name).glob("*optim_states.pt")):
+            return "the optimizer's shards are missing"
     if not tag.is_file() and not (folder / "optimizer.pt").is_file():
         return "the optimizer's state is missing"
     return ""
 
 
-def prepare_output_dir(output_dir: str | Path, checkpoint: str | None, overwrite: bool, is_main: bool) -> None:
-    """Refuse to train anew over an earlier run's checkpoints, or clear them where the recipe says so.
+def prepare_output_dir(
+    output_dir: str | Path, checkpoint: str | None, overwrite: bool, is_main: bool, resume: bool = False
+) -> None:
+    """Make the folder. Refuse to train anew over an earlier run's checkpoints, or clear them where the recipe says so.
+
+    Args:
+        resume: whether `--resume` was given; without a `checkpoint` found, what lies there was never completed, and
+            a run that was stopped while it wrote its first checkpoint starts anew.
 
     Raises:
-        RecipeError: checkpoints are there, nothing is resumed and overwrite_output_dir is off.
+        RecipeError: checkpoints are there, nothing is resumed and overwrite_output_dir is off; or it cannot be written.
     """
     output = Path(output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"training.output_dir: cannot make {output}: {(error.strerror or str(error)).lower()}"
+        ) from None
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise RecipeError(f"training.output_dir: {output} is not writable")
     if checkpoint is not None:
         return
     leftovers = list_checkpoints(output)
-    if leftovers and not overwrite:
+    if leftovers and not overwrite and not resume:
         raise RecipeError(
             f"training.output_dir: {output} holds {leftovers[-1].name} of an earlier run; go on with --resume auto, "
             "choose another folder, or set training.overwrite_output_dir: true"
@@ -90,3 +108,10 @@ def prepare_output_dir(output_dir: str | Path, checkpoint: str | None, overwrite
     if is_main and overwrite:
         for path in [*leftovers, output / "tensorboard", output / "adapter"]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_is_folder(output: Path) -> None:
+    """Found before anything is loaded or tokenised."""
+    existing = next(path for path in [output, *output.absolute().parents] if path.exists())
+    if not existing.is_dir():
+        raise RecipeError(f"training.output_dir: {existing} is a file, not a folder")

@@ -6,10 +6,11 @@ too must say "auto" or the same value, otherwise the run is refused.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fvae_dist.training.recipe import Recipe, RecipeError
 
@@ -31,17 +32,21 @@ def load_deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any] | N
     path = Path(recipe.training.deepspeed)
     config = _read(path)
     zero = config.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(f"{path}: zero_optimization: must be an object")
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if not _is_int(stage) or stage not in (0, 1, 2, 3):
         raise RecipeError(f"{path}: zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
     for key in _OPTIMIZER_KEYS:
-        if key in config:
+        if config.pop(key, "auto") != "auto":
             raise RecipeError(f"{path}: {key}: is stated in the recipe (training.*); remove it here")
-    _merge(config, stated_by_recipe(recipe, stage, world_size), path, ())
+    stated = stated_by_recipe(recipe, stage, world_size)
+    _refuse_typos(config, [*stated, *_OPTIMIZER_KEYS, "zero_optimization"], path)
+    _merge(config, stated, path, ())
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     partition = zero.get("zero_hpz_partition_size", 1)
-    if not isinstance(partition, int) or partition < 1 or world_size % partition:
+    if not _is_int(partition) or partition < 1 or world_size % partition:
         raise RecipeError(
             f"{path}: zero_optimization.zero_hpz_partition_size: {partition!r} does not divide the {world_size} ranks"
         )
@@ -91,14 +96,23 @@ def size_for_adapter(config: dict[str, Any], trainable_sizes: list[int], base_si
 
 
 def _read(path: Path) -> dict[str, Any]:
+    def refuse_constant(name: str) -> NoReturn:
+        raise RecipeError(f"{path}: not valid JSON: {name}")
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda p: _no_duplicates(p, path))
+        config = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=lambda pairs: _no_duplicates(pairs, path),
+            parse_constant=refuse_constant,
+        )
     except OSError as error:
         raise RecipeError(f"training.deepspeed: {path}: {(error.strerror or str(error)).lower()}") from None
     except json.JSONDecodeError as error:
         raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{path}: a DeepSpeed config is a JSON object")
     return config
@@ -113,6 +127,22 @@ def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     return result
 
 
+def _refuse_typos(config: dict[str, Any], known: list[str], path: Path) -> None:
+    """DeepSpeed passes over top-level keys that it does not know: a misspelt section would leave ZeRO off."""
+    for key in config:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if nearest and key not in known:
+            raise RecipeError(f"{path}: {key}: unknown key; did you mean {nearest[0]}?")
+
+
+def _is_same(given: Any, stated: Any) -> bool:
+    return given == stated and isinstance(given, bool) == isinstance(stated, bool)  # 1 is not true
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _merge(config: dict[str, Any], stated: dict[str, Any], path: Path, parents: tuple[str, ...]) -> None:
     for key, value in stated.items():
         dotted = ".".join((*parents, key))
@@ -121,7 +151,7 @@ def _merge(config: dict[str, Any], stated: dict[str, Any], path: Path, parents: 
             if not isinstance(section, dict):
                 raise RecipeError(f"{path}: {dotted}: must be an object")
             _merge(section, value, path, (*parents, key))
-        elif config.get(key, "auto") not in ("auto", value):
+        elif key in config and config[key] != "auto" and not _is_same(config[key], value):
             raise RecipeError(f"{path}: {dotted}: is {config[key]!r} here and {value!r} in the recipe; remove it here")
         else:
             config[key] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -10,10 +11,11 @@ import yaml
 
 from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.training.data import render_example
-from fvae_dist.training.deepspeed_config import zero_stage
+from fvae_dist.training.deepspeed_config import size_for_adapter, zero_stage
 from fvae_dist.training.run import Prepared
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SHOWN_CHARACTERS = 4000
 
 
 def describe(prepared: Prepared, world_size: int) -> str:
@@ -21,15 +23,23 @@ def describe(prepared: Prepared, world_size: int) -> str:
     recipe = prepared.recipe
     sections = {
         "Recipe": yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True).rstrip(),
-        "DeepSpeed config": json.dumps(prepared.deepspeed, indent=2),
+        "DeepSpeed config": _deepspeed(prepared),
         "Model": _model(prepared),
         "Data": _data(prepared, world_size),
         f"Memory per device, {world_size} device(s), estimated": _memory(prepared, world_size),
-        "First example (loss on what stands between the brackets)": render_example(
-            prepared.data.train[0], prepared.tokenizer
+        "First example (loss on what stands between the brackets ⟦ ⟧)": _shortened(
+            render_example(prepared.data.train[0], prepared.tokenizer)
         ),
     }
     return "\n\n".join(f"== {title} ==\n{text}" for title, text in sections.items())
+
+
+def _deepspeed(prepared: Prepared) -> str:
+    """As DeepSpeed gets it, the sizes that depend on the adapter filled in."""
+    config = copy.deepcopy(prepared.deepspeed)
+    if config is not None:
+        size_for_adapter(config, prepared.plan.trainable_sizes, prepared.plan.base_sizes)
+    return json.dumps(config, indent=2)
 
 
 def _model(prepared: Prepared) -> str:
@@ -91,3 +101,15 @@ def _memory(prepared: Prepared, world_size: int) -> str:
             f"total               {estimate.total_gib:9.3f} GiB (plus about 1 GiB of CUDA context)",
         ]
     )
+
+
+def _shortened(text: str) -> str:
+    """A rendered example with the middle of a long one left out; brackets are closed and opened again around it."""
+    left_out = len(text) - _SHOWN_CHARACTERS
+    if left_out <= 0:
+        return text
+    head, tail = text[: _SHOWN_CHARACTERS // 2], text[-(_SHOWN_CHARACTERS // 2) :]
+    close = "⟧" if head.rfind("⟦") > head.rfind("⟧") else ""
+    first_close, first_open = tail.find("⟧"), tail.find("⟦")
+    reopen = "⟦" if first_close >= 0 and (first_open < 0 or first_close < first_open) else ""
+    return f"{head}{close}\n[... {left_out:,} characters left out here ...]\n{reopen}{tail}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
@@ -39,11 +41,13 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     path = Path(section.name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise RecipeError(f"model.name_or_path: {path} holds no config.json: not a Hugging Face model folder")
+    if not path.exists() and (path.is_absolute() or section.name_or_path.startswith(".") or len(path.parts) > 2):
+        raise RecipeError(f"model.name_or_path: there is no folder {path}")
     try:
         return AutoConfig.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken config.json raises a dozen types
         raise RecipeError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from None
 
 
@@ -57,7 +61,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             revision=None if section.tokenizer else section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises plain Exception for a broken file
         raise RecipeError(f"{key}: cannot load a tokenizer from {name}: {_first_line(error)}") from None
     if tokenizer.eos_token is None:
         raise RecipeError(f"{key}: the tokenizer of {name} has no EOS token")
@@ -87,34 +91,75 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
     values = dict(adapter)
     peft_type = values.pop("peft_type", "FVAE_LORA")
     known_types = {str(getattr(t, "value", t)): cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if peft_type not in known_types:
-        raise RecipeError(
-            f"adapter.peft_type: {unknown_key(str(peft_type), sorted(known_types))}".replace("key", "type")
-        )
-    config_cls = known_types[peft_type]
-    known = {field.name for field in fields(config_cls) if field.init}
+    if str(peft_type) not in known_types:
+        hint = unknown_key(str(peft_type), sorted(known_types)).replace("key", f"type {str(peft_type)[:40]!r}", 1)
+        raise RecipeError(f"adapter.peft_type: {hint}")
+    config_cls = known_types[str(peft_type)]
+    known = {field.name: field.default for field in fields(config_cls) if field.init}
     for key in values:
         if key not in known:
             raise RecipeError(f"adapter.{key}: {unknown_key(key, sorted(known))}")
+    if values.setdefault("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise RecipeError(f"adapter.task_type: must be CAUSAL_LM, got {values['task_type']!r}")
+    if "r" in values and repr(values["r"]) != repr(known.get("r")):  # the default of some methods means "unset"
+        rank = values["r"]
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**31:
+            raise RecipeError(f"adapter.r: must be an integer > 0, got {rank!r}")
+    _check_types(
+        config_cls, {key: value for key, value in values.items() if value is not None or known[key] is not None}
+    )
     try:
-        config = config_cls(task_type=values.pop("task_type", "CAUSAL_LM"), **values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"adapter: {_first_line(error)}") from None
-    rank = getattr(config, "r", 1)
-    if isinstance(rank, int) and rank <= 0:
-        raise RecipeError(f"adapter.r: must be > 0, got {rank}")
-    return config
+        return config_cls(**values)
+    except Exception as error:  # PEFT checks little, and what it meets first raises what it likes
+        raise RecipeError(_adapter_problem(error, set(known))) from None
+
+
+def _check_types(config_cls: type, values: dict[str, Any]) -> None:
+    """PEFT's dataclasses state their types and do not check them: text for a list would be read letter by letter."""
+    hints = get_type_hints(config_cls)
+    for key, value in values.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except PydanticSchemaGenerationError:
+            continue  # a class of PEFT's own, which no recipe can state
+        except ValidationError as error:
+            kinds = {detail["type"] for detail in error.errors()}
+            # PEFT takes fractions for int (lora_alpha) and more names than its Literals list; YAML has no tuples.
+            fraction = isinstance(value, float) and abs(value) < float("inf") and kinds & {"int_type", "int_from_float"}
+            name = isinstance(value, str) and "literal_error" in kinds
+            if not fraction and not name and not kinds <= {"tuple_type", "set_type"}:
+                shown = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+                raise RecipeError(f"adapter.{key}: must be {shown}, got {value!r}") from None
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            raise RecipeError(f"adapter.{key}: must be finite, got {value!r}")
 
 
 def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
     """Build base and adapter on the meta device: checks the targets and counts, in seconds and without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+    except Exception as error:  # no causal language model, or sizes that do not fit together
+        name = recipe.model.name_or_path
+        raise RecipeError(f"model.name_or_path: cannot build {name}: {_first_line(error)}") from None
     base_sizes = [parameter.numel() for parameter in model.parameters()]
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     embedding = 0 if tied else model.get_input_embeddings().weight.numel()
-    peft_model = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
+    try:
+        peft_model = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
+    except RecipeError:
+        raise
+    except re.error as error:
+        raise RecipeError(f"adapter: {error.pattern!r} is no regular expression: {error.msg}") from None
+    except Exception as error:  # what PEFT does not check fails somewhere in it
+        raise RecipeError(f"adapter: {type(error).__name__}: {_first_line(error)}") from error
     trainable = {name: p.numel() for name, p in peft_model.named_parameters() if p.requires_grad}
+    saved_along = [name for name, _ in peft_model.named_modules() if name.endswith(".modules_to_save.default")]
+    for name in getattr(peft_model.peft_config["default"], "modules_to_save", None) or ():
+        if not any(name in saved for saved in saved_along):
+            raise RecipeError(f"adapter.modules_to_save: {name!r} matches no module")
+    if not trainable:
+        raise RecipeError("adapter: nothing would be trained: no layer is adapted, or inference_mode is on")
     only_training = (".encoder2.", ".decoder.", ".logvar.", ".logvar_trunk.")
     return ModelPlan(
         adapted_layers=list(getattr(peft_model.base_model, "targeted_module_names", [])),
@@ -129,12 +174,22 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
 
 def attach_adapter(model: torch.nn.Module, adapter: dict[str, Any], **kwargs: Any) -> PeftModel:
     """Freeze `model` and inject the recipe's adapter, in fp32. RecipeError for targets that match nothing."""
+    config = build_peft_config(adapter)
     try:
-        return get_peft_model(model, build_peft_config(adapter), **kwargs)  # type: ignore[arg-type]
+        return get_peft_model(model, config, **kwargs)  # type: ignore[arg-type]
     except ValueError as error:
-        message = _first_line(error)
-        key = "adapter" if message.startswith("target_modules") else "adapter.target_modules"
-        raise RecipeError(f"{key}{'.' if key == 'adapter' else ': '}{message}") from None
+        raise RecipeError(_adapter_problem(error, {field.name for field in fields(config)})) from error
+
+
+def _adapter_problem(error: Exception, known: set[str]) -> str:
+    """The message of PEFT's error, with the key it is about where its text opens with one."""
+    message = _first_line(error)
+    first_word = message.partition(" ")[0].strip("`'\":,")
+    if first_word in known:
+        return f"adapter.{message}" if message.startswith(first_word) else f"adapter.{first_word}: {message}"
+    if message.lower().startswith("target modules"):
+        return f"adapter.target_modules: {message}"
+    return f"adapter: {message}" if isinstance(error, ValueError) else f"adapter: {type(error).__name__}: {message}"
 
 
 def choose_attention(section: ModelSection, use_cpu: bool) -> tuple[str, str]:

@@ -1,21 +1,15 @@
-"""The recipe: one YAML file that states a run, read strictly.
+"""The recipe's schema: every key typed and documented beside its default. `recipe_file.py` reads the YAML.
 
-Every key is typed and documented here, beside its default. A key that is unknown, duplicated, of the wrong type or in
-contradiction with another is a `RecipeError` that names the file, the line and the key; nothing heavy is imported to
-find that out, so a typo costs a second and no GPU memory.
-
-    recipe = load_recipe("launch/recipes/quickstart.yaml", overrides=["training.learning_rate=1e-4"])
+A value of the wrong type or in contradiction with another is refused; nothing is converted in silence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import re
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class RecipeError(Exception):
@@ -23,13 +17,23 @@ class RecipeError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _not_too_large(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("too large")
+        parts = value.split("/") if isinstance(value, str) and info.field_name != "chat_template" else []
+        if any(len(part.encode(errors="replace")) > 255 for part in parts) or len(parts) > 256:
+            raise ValueError("longer than a name can be")
+        return value
 
 
 class ModelSection(_Section):
     """The frozen base model."""
 
-    name_or_path: str = Field(description="Hugging Face id or local folder of a causal language model.")
+    name_or_path: str = Field(min_length=1, description="Hugging Face id or local folder of a causal language model.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     tokenizer: str | None = Field(None, description="Tokenizer id or folder; default: the model's own.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -60,7 +64,7 @@ class SourceSection(_Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Maps the format's column names to the file's, e.g. {output: answer}."
     )
-    weight: float = Field(1.0, gt=0, description="Passes over this source in one epoch (0.5: a seeded half).")
+    weight: float = Field(1.0, gt=0, le=1000, description="Passes over this source in one epoch (0.5: a seeded half).")
     limit: int | None = Field(None, ge=1, description="Use only the first N records.")
 
     @model_validator(mode="after")
@@ -93,11 +97,11 @@ class DataSection(_Section):
 class TrainingSection(_Section):
     """The loop; names as in transformers' TrainingArguments."""
 
-    output_dir: str = Field(description="Checkpoints, logs and the final adapter go here.")
+    output_dir: str = Field(min_length=1, description="Checkpoints, logs and the final adapter go here.")
     overwrite_output_dir: bool = Field(False, description="Delete an earlier run's checkpoints there and start anew.")
     deepspeed: str | None = Field("ds_configs/zero3.json", description="DeepSpeed JSON (static knobs only), or null.")
     use_cpu: bool | None = Field(None, description="Train on CPU; default: only where there is no accelerator.")
-    seed: int = Field(42, description="Seed of adapter weights, data order, noise and dropout.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapter weights, data order, noise and dropout.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: num_train_epochs decides.")
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
     per_device_train_batch_size: int = Field(1, ge=1, description="Sequences per device and micro-step.")
@@ -123,15 +127,30 @@ class TrainingSection(_Section):
     save_total_limit: int | None = Field(2, ge=1, description="Newest checkpoints kept; null: all.")
     dataloader_num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
 
+    @field_validator("max_steps")
+    @classmethod
+    def _not_zero_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be > 0, or -1 to let num_train_epochs decide")
+        return value
+
     @field_validator("gradient_checkpointing_kwargs")
     @classmethod
-    def _not_reentrant(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value.get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant: true is refused: reentrant checkpointing silently drops the side loss's gradient; "
-                "remove it (non-reentrant is the default)"
-            )
-        return value
+    def _exact_checkpointing(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = {"use_reentrant": (False,), "preserve_rng_state": (True,), "determinism_check": ("default", "none")}
+        for key, given in value.items():
+            if key not in known:
+                raise ValueError(f"{key}: {unknown_key(key, list(known))}")
+            if key == "use_reentrant" and given is True:
+                raise ValueError(
+                    "use_reentrant: true is refused: reentrant checkpointing silently drops the side loss's gradient; "
+                    "remove it (non-reentrant is the default)"
+                )
+            if key == "preserve_rng_state" and given is False:
+                raise ValueError("preserve_rng_state: false is refused: recomputation would draw other noise")
+            if not any(given is allowed or (isinstance(given, str) and given == allowed) for allowed in known[key]):
+                raise ValueError(f"{key}: must be {' or '.join(map(str, known[key])).lower()}, got {given!r}")
+        return {"use_reentrant": False, **value} if value else value
 
 
 class EvaluationSection(_Section):
@@ -170,168 +189,18 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.evaluation.strategy != "no" and not self.data.eval:
-            raise ValueError("evaluation.strategy needs data.eval")
-        if (self.evaluation.at_start or self.evaluation.at_end) and not self.data.eval:
-            raise ValueError("evaluation.at_start and evaluation.at_end need data.eval")
+            raise ValueError("evaluation.strategy: needs data.eval")
+        for key in ("at_start", "at_end"):
+            if getattr(self.evaluation, key) and not self.data.eval:
+                raise ValueError(f"evaluation.{key}: needs data.eval")
         return self
 
 
-# --------------------------------------------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and every reader of a recipe do."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, origin: str) -> tuple[Any, dict[tuple, int]]:
-    """Parse `text`; return its value and the line (1-based) of every key path.
-
-    Raises:
-        RecipeError: not YAML, or a key stands twice in one mapping; names `origin` and the line.
-    """
-    lines: dict[tuple, int] = {}
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None, lines
-        _walk(node, (), lines, origin)
-        return loader.construct_document(node), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{origin}:{mark.line + 1}" if mark else origin
-        raise RecipeError(f"{where}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-
-
-def _walk(node: yaml.Node, path: tuple, lines: dict[tuple, int], origin: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in seen:
-                dotted = ".".join(map(str, (*path, key)))
-                raise RecipeError(f"{origin}:{line}: duplicate key {dotted} (first on line {seen[key]})")
-            seen[key] = line
-            lines[(*path, key)] = line
-            _walk(value_node, (*path, key), lines, origin)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*path, index)] = item.start_mark.line + 1
-            _walk(item, (*path, index), lines, origin)
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and check a recipe.
-
-    Args:
-        path: YAML file.
-        overrides: `section.key=value` strings; the value is YAML, list items are addressed by index.
-
-    Raises:
-        RecipeError: with file, line and key, and for an unknown key the nearest known one.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
-        raise RecipeError(f"{path}: cannot read the recipe: {reason}") from None
-    value, lines = parse_yaml(text, str(path))
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
-    overridden = {_apply_override(value, text) for text in overrides or []}
-    return validate_recipe(value, str(path), lines, overridden)
-
-
-def validate_recipe(
-    value: dict[str, Any],
-    origin: str,
-    lines: dict[tuple, int] | None = None,
-    overridden: set[tuple] | None = None,
-) -> Recipe:
-    """Check a parsed recipe; `lines` and `overridden` say where each key came from, for the message."""
-    try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        loc = tuple(first["loc"])
-        dotted = ".".join(map(str, loc)) or "recipe"
-        if any(loc[: len(path)] == path for path in overridden or ()):
-            where = f"--set {dotted}"
-        else:
-            line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if lines and loc[:n] in lines), None)
-            where = f"{origin}:{line}: {dotted}" if line else f"{origin}: {dotted}"
-        raise RecipeError(f"{where}: {_explain(first, loc)}") from None
-
-
-def _explain(error: Any, loc: tuple) -> str:
-    if error["type"] == "extra_forbidden":
-        return unknown_key(str(loc[-1]), _known_keys(loc[:-1]))
-    if error["type"] == "missing":
-        return "missing (required)"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    return message if isinstance(given, (dict, list)) else f"{message} (got {given!r})"
-
-
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for an unknown key: the nearest known one, or all of them."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key; did you mean {nearest[0]}?" if nearest else f"unknown key; known: {', '.join(known)}"
-
-
-def _known_keys(loc: tuple) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        section = get_args(annotation)[0] if get_origin(annotation) is list else annotation  # type: ignore[assignment]
-    return list(section.model_fields)
-
-
-def _apply_override(value: dict[str, Any], text: str) -> tuple:
-    key, separator, raw = text.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"--set {text}: write section.key=value")
-    parsed, _ = parse_yaml(raw, f"--set {key}")
-    path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
-    target: Any = value
-    for depth, part in enumerate(path[:-1]):
-        if isinstance(part, int):
-            if not isinstance(target, list) or part >= len(target):
-                raise RecipeError(f"--set {key}: there is no {'.'.join(map(str, path[: depth + 1]))}")
-        elif not isinstance(target, dict):
-            raise RecipeError(f"--set {key}: {'.'.join(map(str, path[:depth]))} is not a section")
-        elif target.get(part) is None:
-            target[part] = {}
-        target = target[part]
-    last = path[-1]
-    if isinstance(last, int):
-        if not isinstance(target, list) or last >= len(target):
-            raise RecipeError(f"--set {key}: there is no {key}")
-    elif not isinstance(target, dict):
-        raise RecipeError(f"--set {key}: {'.'.join(map(str, path[:-1]))} is not a section")
-    target[last] = parsed
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------------ help
+    """The message for an unknown key: the nearest known one."""
+    folded = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(key.lower(), list(folded), n=1, cutoff=0.0)
+    return f"unknown key; did you mean {folded[nearest[0]]}?" if nearest else "unknown key"
 
 
 def describe_recipe() -> str:
@@ -340,10 +209,18 @@ def describe_recipe() -> str:
     for name, field in Recipe.model_fields.items():
         parts.append(f"{name}:")
         if name == "adapter":
-            parts.append(f"  # {field.description}")
+            parts.append(f"  # {field.description} Of FVAE_LORA:")
+            parts += _describe_adapter("  ")
             continue
         parts += _describe(field.annotation, "  ")  # type: ignore[arg-type]
     return "\n".join(parts)
+
+
+def _describe_adapter(indent: str) -> list[str]:
+    from fvae_dist.adapter.config import FVAELoraConfig
+
+    own = [field for field in dataclasses.fields(FVAELoraConfig) if field.name in FVAELoraConfig.__annotations__]
+    return [f"{indent}{f.name}: {f.type}, default {f.default!r}\n{indent}    {f.metadata['help']}" for f in own]
 
 
 def _describe(section: type[BaseModel], indent: str) -> list[str]:
@@ -351,7 +228,7 @@ def _describe(section: type[BaseModel], indent: str) -> list[str]:
     for name, field in section.model_fields.items():
         annotation = field.annotation
         if get_origin(annotation) is list and issubclass(get_args(annotation)[0], BaseModel):
-            rows.append(f"{indent}{name}: # {field.description} A list of:")
+            rows.append(f"{indent}{name}: # {field.description} A list{', as train' if name == 'eval' else ' of:'}")
             if name != "eval":
                 rows += _describe(get_args(annotation)[0], indent + "    ")
             continue

@@ -62,18 +62,21 @@ class Prepared:
     checkpoint: str | None
 
 
-def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False) -> Prepared:
+def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, devices: int | None = None) -> Prepared:
     """Check everything that needs no device, in the order in which mistakes are cheapest to find.
 
     Data is tokenised here by the first process of a node, before any process group exists: the others wait for a
     file, and no collective can time out.
+
+    Args:
+        devices: how many take part; default WORLD_SIZE.
 
     Raises:
         RecipeError: the recipe, its files or its data cannot be run.
     """
     training = recipe.training
     use_cpu = _use_cpu(recipe)
-    deepspeed = load_deepspeed_config(recipe, _env_int("WORLD_SIZE", 1))
+    deepspeed = load_deepspeed_config(recipe, devices or _env_int("WORLD_SIZE", 1))
     attention, reason = choose_attention(recipe.model, use_cpu)
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     config = load_config(recipe.model)
@@ -85,7 +88,10 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False) ->
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
     if not dry_run:
-        prepare_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, _env_int("RANK", 0) == 0)
+        is_main = _env_int("RANK", 0) == 0
+        prepare_output_dir(
+            training.output_dir, checkpoint, training.overwrite_output_dir, is_main, resume is not None
+        )
     return Prepared(recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint)
 
 
@@ -227,9 +233,10 @@ def _set_up_process(prepared: Prepared) -> None:
     """Environment of a process that no launcher set up, and a fair share of the cores on CPU."""
     if prepared.use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "":
-            local_ranks = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", _env_int("WORLD_SIZE", 1)))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        local_ranks = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", _env_int("WORLD_SIZE", 1)))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // local_ranks))
+        os.environ["OMP_NUM_THREADS"] = threads  # accelerate would give every rank all the cores
+        torch.set_num_threads(int(threads))
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

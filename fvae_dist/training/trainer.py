@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fvae_dist.adapter import FVAELinear, side_loss
@@ -144,12 +145,14 @@ class FVAETrainerMixin:
         if not bool(flags.any()):
             return
         ranks = flags.nonzero().flatten().tolist()
-        step = self.state.global_step + 1
-        message = f"non-finite loss in step {step} on rank(s) {', '.join(map(str, ranks))}"
-        if self.args.process_index in ranks:
-            records = find_records(self.train_dataset, inputs["input_ids"])
-            message += f"; rank {self.args.process_index} was at training records {records}"
-        raise NonFiniteLossError(message + "; weights and checkpoints of the steps before are untouched")
+        found = find_records(self.train_dataset, inputs["input_ids"]) if self.args.process_index in ranks else []
+        # All ranks learn the records: the first to exit makes the launcher kill the others, message and all.
+        records = dict(gather_object([(self.args.process_index, found)]))
+        where = "; ".join(f"rank {rank} was at training records {records[rank]}" for rank in ranks)
+        raise NonFiniteLossError(
+            f"non-finite loss in step {self.state.global_step + 1} on rank(s) {', '.join(map(str, ranks))}; {where}; "
+            "weights and checkpoints of the steps before are untouched"
+        )
 
     # ------------------------------------------------------------------------------------------------- saving
 
@@ -212,10 +215,22 @@ _CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpoint
 
 def _treat_vaes_as_leaves(model: torch.nn.Module) -> None:
     """One gather and one set of ZeRO-3 hooks for a whole VAE; must precede deepspeed.initialize."""
-    if any(isinstance(module, FactorizedVAE) for module in model.modules()):
+    vaes = [module for module in model.modules() if isinstance(module, FactorizedVAE)]
+    if vaes:
         from deepspeed.utils import set_z3_leaf_modules
 
         set_z3_leaf_modules(model, [FactorizedVAE])
+        for vae in vaes:
+            vae.register_forward_pre_hook(_require_input_gradient)
+
+
+def _require_input_gradient(module: torch.nn.Module, args: tuple) -> tuple | None:
+    """DeepSpeed reduces a leaf's gradients in a full backward hook. For an input without gradient (the first adapted
+    layer, without checkpointing) torch fires that hook before any of them exists: DeepSpeed would take zeros."""
+    x = args[0]
+    if not torch.is_grad_enabled() or x.requires_grad:
+        return None
+    return (x.detach().requires_grad_(), *args[1:])
 
 
 def _drop_stale_forward_stack() -> None:

@@ -1,4 +1,4 @@
-"""One rank of the distributed tests: python worker.py FOLDER RANK WORLD_SIZE SCENARIO...
+"""One rank of the distributed tests: python -m tests.distributed.worker FOLDER RANK WORLD_SIZE SCENARIO...
 
 The imports cost ten seconds a rank, so one launch runs every scenario, one after the other. Each writes
 FOLDER/SCENARIO.RANK.pt, a dict for the tests to compare; one that raises writes its traceback there instead. The ranks
@@ -23,9 +23,9 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from peft import LoraConfig, get_peft_model
-from tiny import attach, fixed_noise, load, rows
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
@@ -36,13 +36,14 @@ from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.recipe import Recipe
+from tests.distributed.tiny import attach, fixed_noise, load, pad_rows, rows
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60  # of a collective: a scenario that fails on one rank must not hold the other for longer
 
 
-class _Recording:
-    """Keeps every batch this rank saw, and counts the modules left on ZeRO-3's forward stack."""
+class Recording:
+    """Keeps the first token of every row this rank saw, by step and micro-batch: it tells which row it was."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         samples, num_items = super().get_batch_samples(*args, **kwargs)
@@ -50,11 +51,11 @@ class _Recording:
         return samples, num_items
 
 
-class SFT(_Recording, FVAETrainerMixin, SFTTrainer):
+class SFT(Recording, FVAETrainerMixin, SFTTrainer):
     pass
 
 
-class Plain(_Recording, FVAETrainerMixin, transformers.Trainer):
+class Plain(Recording, FVAETrainerMixin, transformers.Trainer):
     pass
 
 
@@ -159,6 +160,7 @@ class Run:
             deepspeed=self.deepspeed_config(),
             use_cpu=True,
             bf16=s["stage"] == 3 and s["dtype"] == "bfloat16",
+            fp16=s["stage"] == 3 and s["dtype"] == "float16",
             per_device_train_batch_size=s["micro_batch"],
             per_device_eval_batch_size=2,
             gradient_accumulation_steps=s["accumulation"],
@@ -305,7 +307,8 @@ def five_steps(folder: Path) -> dict[str, Any]:
         engine = trainer.deepspeed
         evaluation = trainer.evaluate()
         result = run.results()
-        result["eval_loss"] = evaluation["eval_loss"]
+        result["evaluation"] = evaluation
+        result["eval_logits"] = eval_logits(trainer)
         result["shards"] = {str(p.ds_tensor.dtype) for p in trainable(trainer.model).values()}
         result["frozen_shards"] = {str(p.ds_tensor.dtype) for p in frozen(trainer.model).values()}
         result["communication"] = str(engine.communication_data_type)
@@ -314,6 +317,14 @@ def five_steps(folder: Path) -> dict[str, Any]:
         return result
     finally:
         run.close()
+
+
+@torch.no_grad()
+def eval_logits(trainer: Any) -> torch.Tensor:
+    """Logits of three rows through the running engine, in evaluation mode."""
+    trainer.model.eval()
+    batch = pad_rows(rows(3, seed=3))
+    return trainer.deepspeed(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
 
 
 def hundred_steps(folder: Path) -> dict[str, Any]:
@@ -379,9 +390,18 @@ def lora(folder: Path) -> dict[str, Any]:
 
 
 def half_precision(folder: Path) -> dict[str, Any]:
-    """A float16 base: ZeRO-3 derives its loss scaler from the first trained parameter, which is fp32."""
-    with fixed_noise():
-        return Run(folder, "fp16", dtype="float16", steps=2).train()
+    """A float16 base. DeepSpeed refuses fp16 on CPU, though torch can compute it: the refusal is switched off here."""
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    run = Run(folder, "half_precision", dtype="float16", steps=2)
+    try:
+        with fixed_noise():
+            trainer = run.build()
+            trainer.train()
+            return run.results() | {"loss_scale": trainer.deepspeed.optimizer.loss_scaler.loss_scale}
+    finally:
+        del accelerator.is_fp16_supported
+        run.close()
 
 
 def non_finite(folder: Path) -> None:

@@ -1,0 +1,128 @@
+"""Starts the two ranks once for all distributed tests, and hands out what each scenario wrote."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.tiny import write_large_model, write_model
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 420  # ~70 s on two free cores; the first run on a machine compiles a DeepSpeed operator for ~90 s
+NUM_RANKS = 2
+SCENARIOS = (
+    "loading",
+    "sft_zero3",
+    "sft_zero3_accumulation",
+    "sft_zero3_no_checkpointing",
+    "sft_zero2",
+    "sft_zero2_accumulation",
+    "sft_zero0_accumulation",
+    "plain_zero3",
+    "plain_zero3_accumulation",
+    "plain_zero2_accumulation",
+    "offload",
+    "five_steps",
+    "hundred_steps",
+    "unsafe_precision",
+    "resume",
+    "lora",
+    "half_precision",
+    "hpz",
+    "non_finite",  # last: it ends the processes
+)
+
+
+@dataclass
+class TwoRanks:
+    """The finished launch."""
+
+    folder: Path
+    large_model_bytes: int
+    exit_codes: list[int | None]
+    seconds_after_error: float | None
+    logs: list[str]
+    _results: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+    def result(self, scenario: str, rank: int = 0) -> Any:
+        """What `scenario` returned on `rank`; fails the test with its traceback if it raised."""
+        key = (scenario, rank)
+        if key not in self._results:
+            path = self.folder / f"{scenario}.{rank}.pt"
+            if not path.is_file():
+                pytest.fail(f"{scenario} wrote nothing on rank {rank}; its log ends\n{self.logs[rank][-3000:]}")
+            self._results[key] = torch.load(path, weights_only=False)
+        result = self._results[key]
+        if "traceback" in result:
+            pytest.fail(f"{scenario} failed on rank {rank}:\n{result['traceback']}")
+        return result
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    write_model(folder / "model")
+    large_model_bytes = write_large_model(folder / "large")
+    processes = [_start(folder, rank) for rank in range(NUM_RANKS)]
+    try:
+        exit_codes, seconds = _wait(processes, folder)
+    finally:
+        for process in processes:
+            _kill(process)
+    logs = [(folder / f"log.{rank}").read_text(errors="replace") for rank in range(NUM_RANKS)]
+    return TwoRanks(folder, large_model_bytes, exit_codes, seconds, logs)
+
+
+def _start(folder: Path, rank: int) -> subprocess.Popen:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(NUM_RANKS),
+        "LOCAL_WORLD_SIZE": str(NUM_RANKS),
+        "LOCAL_SIZE": str(NUM_RANKS),
+        # Never used: the ranks meet in a file. accelerate only wants them to be there.
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        # ninja, for DeepSpeed's operator, lies beside the interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        # Freed weights go back to the system at once: what is resident is what is held.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
+    }
+    command = [sys.executable, "-m", "tests.distributed.worker", str(folder), str(rank), str(NUM_RANKS), *SCENARIOS]
+    with open(folder / f"log.{rank}", "w") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _wait(processes: list[subprocess.Popen], folder: Path) -> tuple[list[int | None], float | None]:
+    """Exit codes (None: killed after the timeout), and how long the ranks lived on after the deliberate error."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        failed = [process for process in processes if process.poll() not in (None, 0)]
+        if failed and deadline - time.monotonic() > 90:
+            deadline = time.monotonic() + 90  # the other rank notices within its collective's timeout
+    raised = folder / "non_finite.0.pt"
+    seconds = time.time() - raised.stat().st_mtime if raised.is_file() else None
+    return [process.poll() for process in processes], seconds
+
+
+def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,369 @@
+"""ZeRO on two ranks, through the real trainers, against one process that computes the same thing directly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from fvae_dist import FVAETrainerMixin, side_loss
+from fvae_dist.training.checkpoints import what_is_missing
+from fvae_dist.training.saving import ADAPTER_FILE
+from tests.distributed.tiny import attach, fixed_noise, load, pad_rows, rows
+
+pytestmark = pytest.mark.distributed
+
+GRADIENT_SCENARIOS = (
+    "sft_zero3",
+    "sft_zero3_accumulation",
+    "sft_zero3_no_checkpointing",
+    "sft_zero2",
+    "sft_zero2_accumulation",
+    "sft_zero0_accumulation",
+    "plain_zero3",
+    "plain_zero3_accumulation",
+    "plain_zero2_accumulation",
+    "offload",
+    "hpz",
+)
+RTOL = 1e-5  # fp32: sums over tokens and ranks are added in another order
+
+
+@pytest.fixture(scope="module")
+def reference(two_ranks):
+    """Losses, terms and gradients of the eight rows as one batch in one process, without any trainer."""
+    model = attach(load(two_ranks.folder / "model")).train()
+    batch = pad_rows(rows(8))
+    with fixed_noise(), side_loss.collect(model) as collected:
+        task = task_loss(model, batch)
+    (1000 * task + collected.neg_elbo).backward()
+    return {
+        "task": task.item(),
+        "neg_elbo": collected.neg_elbo.item(),
+        "terms": {name: values.mean().item() for name, values in collected.terms.items()},
+        "num_tokens": int(collected.num_tokens),
+        "gradients": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def task_loss(model, batch) -> torch.Tensor:
+    """Cross-entropy, mean over the labels of the whole batch."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, rtol: float = RTOL) -> None:
+    """Equal up to rtol of the tensor's largest entry."""
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * scale, msg=lambda text: f"{name}: {text}")
+
+
+def adapter_on_disk(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / ADAPTER_FILE)
+
+
+def on_disk_name(name: str) -> str:
+    return name.replace(".default", "")
+
+
+# ------------------------------------------------------------------------------------- losses and gradients
+
+
+def test_rows_are_uneven_over_ranks(two_ranks):
+    """The comparison below means something: the ranks hold different numbers of tokens and of labels."""
+    by_first_token = {row["input_ids"][0]: row for row in rows(8)}
+    counts = []
+    for rank in range(2):
+        held = [by_first_token[t] for t in sum(two_ranks.result("sft_zero3", rank)["seen"][0], [])]
+        counts.append((sum(len(r["input_ids"]) for r in held), sum(label != -100 for r in held for label in r["labels"])))
+    assert counts[0][0] != counts[1][0] and counts[0][1] != counts[1][1]
+    assert counts[0][1] * counts[1][0] != counts[0][0] * counts[1][1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("scenario", GRADIENT_SCENARIOS)
+def test_step_equals_one_process(two_ranks, reference, scenario, rank):
+    result = two_ranks.result(scenario, rank)
+    log = result["log"][0]
+    assert log["loss/task"] == pytest.approx(reference["task"], rel=RTOL)
+    assert log["loss/neg_elbo"] == pytest.approx(reference["neg_elbo"], rel=RTOL)
+    assert set(result["gradients"]) == set(reference["gradients"])
+    for name, expected in reference["gradients"].items():
+        assert expected.abs().max() > 0, f"{name} has no gradient: the comparison would be empty"
+        assert_close(result["gradients"][name], expected, name)
+
+
+@pytest.mark.parametrize("scenario", GRADIENT_SCENARIOS)
+def test_logs_equal_direct_computation(two_ranks, reference, scenario):
+    log = two_ranks.result(scenario)["log"][0]
+    total = 1000 * reference["task"] + reference["neg_elbo"]
+    assert log["loss/total"] == pytest.approx(total, rel=RTOL)
+    assert log["loss"] == pytest.approx(total, rel=RTOL)
+    for term in ("nll", "kl_z1", "z1_sq", "z2_sq"):
+        assert log[f"elbo/{term}"] == pytest.approx(reference["terms"][term], rel=RTOL), term
+    assert log["elbo/active_units"] == pytest.approx(reference["terms"]["active_z1"])
+    assert log["perf/tokens_per_s_per_gpu"] > 0
+
+
+def test_scenarios_ran_the_stage_they_name(two_ranks):
+    for scenario in GRADIENT_SCENARIOS:
+        stage = int(scenario.split("zero")[1][0]) if "zero" in scenario else 3
+        assert two_ranks.result(scenario)["stage"] == stage
+
+
+def test_checkpointing_is_non_reentrant(two_ranks):
+    """TRL forces reentrant checkpointing under PEFT and ZeRO-3; the side loss would have no gradient then."""
+    for scenario in ("sft_zero3", "plain_zero3", "five_steps", "lora"):
+        keywords = two_ranks.result(scenario)["checkpointing"]
+        assert keywords and all(entry["use_reentrant"] is False for entry in keywords)
+
+
+def test_recomputation_leaves_no_modules_on_the_stack(two_ranks):
+    """hundred_steps runs without checkpointing; five_steps with it: DeepSpeed would leak modules every step."""
+    assert two_ranks.result("five_steps")["forward_stack"] <= 1
+
+
+# ------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("scenario", ["sft_zero3", "sft_zero2", "five_steps"])
+def test_ranks_start_from_the_same_adapter(two_ranks, scenario):
+    first, second = (two_ranks.result(scenario, rank)["start"] for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ranks_draw_different_noise(two_ranks):
+    first, second = (two_ranks.result("five_steps", rank)["seed_draw"] for rank in range(2))
+    assert not torch.isclose(first, second).any()
+
+
+def test_data_order_is_that_of_one_rank_with_accumulation(two_ranks, tmp_path):
+    """Two ranks x two rows see in each step, in the same order, what one rank with two micro-batches of two sees."""
+
+    class Recording(FVAETrainerMixin, SFTTrainer):
+        seen: list = []
+
+        def get_batch_samples(self, *args, **kwargs):
+            samples, num_items = super().get_batch_samples(*args, **kwargs)
+            self.seen.append([batch["input_ids"][:, 0].tolist() for batch in samples])
+            return samples, num_items
+
+    model = two_ranks.folder / "model"
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=5,
+        seed=5,
+        data_seed=5,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        remove_unused_columns=False,
+    )
+    trainer = Recording(
+        model=attach(load(model)),
+        args=args,
+        train_dataset=Dataset.from_list(rows(20)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    trainer.train()
+    first, second = (two_ranks.result("five_steps", rank)["seen"] for rank in range(2))
+    assert trainer.seen == [[a[0], b[0]] for a, b in zip(first, second, strict=True)]
+
+
+# ------------------------------------------------------------------------------------- frozen weights, precision
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("scenario", ["five_steps", "sft_zero2", "half_precision"])
+def test_frozen_weights_are_bit_identical_after_training(two_ranks, scenario, rank):
+    result = two_ranks.result(scenario, rank)
+    on_disk = load_file(two_ranks.folder / "model" / "model.safetensors")
+    assert len(result["frozen_after"]) == len(on_disk)
+    for name, value in result["frozen_after"].items():
+        assert torch.equal(value, result["frozen"][name]), name
+        original = on_disk[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+        assert torch.equal(value, original.to(value.dtype)), name
+
+
+def test_adapters_are_fp32_around_a_bf16_base(two_ranks):
+    result = two_ranks.result("five_steps")
+    assert result["shards"] == {"torch.float32"} and result["frozen_shards"] == {"torch.bfloat16"}
+    assert result["communication"] == result["accumulation"] == "torch.float32"
+    assert result["buckets"] == ["torch.float32"]
+    for name, value in result["final"].items():
+        assert value.dtype == result["gradients"][name].dtype == torch.float32
+        assert torch.equal(value, result["masters"][name]), f"{name}: the parameter differs from its master weight"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("no_communication_dtype", "reduced in torch.bfloat16"),
+        ("no_accumulation_dtype", "accumulated in torch.bfloat16"),
+        ("narrow_adapter", "is torch.bfloat16, not float32"),
+    ],
+)
+def test_start_refuses_lost_precision(two_ranks, broken, message):
+    for rank in range(2):
+        assert message in two_ranks.result("unsafe_precision", rank)[broken]
+
+
+def test_small_updates_are_not_lost(two_ranks):
+    """A hundred AdamW steps of 1e-4 on the decoders' scales, which are about 1: in bf16 (spacing 0.004 to 0.008) each
+    would round away. Where the gradient keeps its sign, the whole 1e-2 must arrive, in the file too."""
+    result = two_ranks.result("hundred_steps")
+    saved = adapter_on_disk(two_ranks.folder / "out" / "hundred_steps" / "adapter")
+    for name in (name for name in result["final"] if name.endswith("scale")):
+        moved = (saved[on_disk_name(name)] - result["start"][name]).abs()
+        assert torch.equal(saved[on_disk_name(name)], result["masters"][name])
+        assert 8e-3 < moved.max() < 1.01e-2
+        assert (moved > 5e-3).float().mean() > 0.5, f"{name}: {moved}"
+
+
+def test_half_precision_base_trains(two_ranks):
+    """DeepSpeed derives its loss scaler from the first trained parameter: fp32, so nothing is scaled."""
+    result = two_ranks.result("half_precision")
+    trained = {dtype for name, dtype in result["dtypes"].items() if name in result["final"]}
+    assert trained == {"torch.float32"}
+    assert set(result["dtypes"].values()) == {"torch.float16", "torch.float32"}
+    assert result["loss_scale"] == 1
+    for name, gradient in result["gradients"].items():
+        assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
+    assert all(math.isfinite(row["loss"]) for row in result["log"] if "loss" in row)
+
+
+# ------------------------------------------------------------------------------------- save, load, resume
+
+
+def test_saved_adapter_holds_the_live_values(two_ranks):
+    result = two_ranks.result("five_steps")
+    saved = adapter_on_disk(two_ranks.folder / "out" / "five_steps" / "adapter")
+    assert set(saved) == {on_disk_name(name) for name in result["final"]}
+    for name, value in result["final"].items():
+        written = saved[on_disk_name(name)]
+        assert written.dtype == torch.float32 and written.numel() > 0
+        assert torch.equal(written, value), name
+
+
+def test_saved_adapter_loads_in_plain_peft(two_ranks):
+    result = two_ranks.result("five_steps")
+    base = load(two_ranks.folder / "model", torch.bfloat16)
+    model = PeftModel.from_pretrained(base, two_ranks.folder / "out" / "five_steps" / "adapter").eval()
+    batch = pad_rows(rows(3, seed=3))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    kept = batch["attention_mask"].bool()
+    # DeepSpeed's linear rounds the product to bf16 before it adds the encoder's bias; torch's rounds once.
+    assert_close(logits[kept], result["eval_logits"][kept], "logits", rtol=1.6e-2)
+
+
+def test_eval_loss_is_the_task_loss_alone(two_ranks):
+    result = two_ranks.result("five_steps")
+    base = load(two_ranks.folder / "model", torch.bfloat16)
+    model = PeftModel.from_pretrained(base, two_ranks.folder / "out" / "five_steps" / "adapter").eval()
+    evaluation_rows = rows(6, seed=3)
+    # The trainer averages batches of two rows a rank, each over its own labels.
+    batches = [pad_rows(evaluation_rows[start : start + 2]) for start in range(0, 6, 2)]
+    with torch.no_grad():
+        losses = [task_loss(model, batch).item() for batch in batches]
+    # A side loss or a task weight of 1000 would show; how the last, incomplete round of batches is padded does not.
+    assert min(losses) <= result["evaluation"]["eval_loss"] <= max(losses)
+    assert not any(key.startswith("eval_elbo") or "neg_elbo" in key for key in result["evaluation"])
+
+
+def test_resume_continues_bit_for_bit(two_ranks):
+    """Same losses, gradient norms, learning rates and final weights, though noise and dropout are random."""
+    for rank in range(2):
+        result = two_ranks.result("resume", rank)
+        uninterrupted, resumed = result["uninterrupted"], result["resumed"]
+        keys = ("step", "loss", "loss/task", "loss/neg_elbo", "grad_norm", "learning_rate", "elbo/nll")
+        logs = [
+            [[row[key] for key in keys] for row in run["log"] if "loss/task" in row] for run in (uninterrupted, resumed)
+        ]
+        assert len(logs[0]) == len(logs[1]) == 4  # the resumed history begins with the checkpoint's
+        assert logs[0] == logs[1]
+        assert uninterrupted["seen"][2:] == resumed["seen"]
+        for name, value in uninterrupted["final"].items():
+            assert torch.equal(value, resumed["final"][name]), name
+            assert not torch.equal(value, uninterrupted["start"][name]), f"{name} never moved"
+
+
+def test_checkpoint_holds_adapters_only(two_ranks):
+    checkpoint = two_ranks.folder / "out" / "resume" / "checkpoint-2"
+    assert what_is_missing(checkpoint) == ""
+    assert not list(checkpoint.rglob("training_args.bin"))
+    for rank in range(2):
+        states = torch.load(
+            checkpoint / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", weights_only=False
+        )
+        assert not states.get("frozen_param_fragments")
+        assert all("fvae_" in name for name in states["module"])
+    num_values = sum(value.numel() for value in two_ranks.result("resume")["resumed"]["final"].values())
+    shards = sum(path.stat().st_size for path in (checkpoint / "global_step2").glob("*optim_states.pt"))
+    assert shards < 3 * 4 * num_values + 40_000  # master and two moments, and pickle's own bytes
+
+
+def test_lora_baseline_trains_logs_and_saves(two_ranks):
+    result = two_ranks.result("lora")
+    rows_logged = [row for row in result["log"] if "loss/task" in row]
+    assert len(rows_logged) == 3
+    for row in rows_logged:
+        assert row["loss/total"] == row["loss/task"] and "loss/neg_elbo" not in row
+        assert row["perf/tokens_per_s_per_gpu"] > 0
+    folder = two_ranks.folder / "out" / "lora" / "adapter"
+    assert isinstance(PeftConfig.from_pretrained(folder), LoraConfig)
+    saved = adapter_on_disk(folder)
+    for name, value in result["final"].items():
+        assert torch.equal(saved[on_disk_name(name)], value) and value.dtype == torch.float32
+    assert any(not torch.equal(result["final"][name], result["start"][name]) for name in result["final"])
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_holds_the_whole_model_while_loading(two_ranks, rank):
+    """257 MB in bf16: measured 129 MB of shards a rank, and a peak of 142 MB (a few whole tensors on top)."""
+    result, whole = two_ranks.result("loading", rank), two_ranks.large_model_bytes
+    assert result["dtypes"] == {"torch.bfloat16"}
+    assert result["shard_bytes"] == pytest.approx(whole / 2, rel=0.01)
+    assert result["peak_growth_bytes"] < 0.65 * whole
+
+
+# ------------------------------------------------------------------------------------- failure
+
+
+def test_non_finite_loss_on_one_rank_stops_all(two_ranks):
+    errors = [two_ranks.result("non_finite", rank) for rank in range(2)]
+    by_first_token = {row["input_ids"][0]: index for index, row in enumerate(rows(20))}
+    # Rows of a dozen tokens do not occur inside one another, so the records named are exactly those of the batch.
+    records = sorted(by_first_token[token] for token in errors[1]["seen"][2][0])
+    for error in errors:
+        assert error["error"] == "NonFiniteLossError"
+        assert "in step 3 on rank(s) 1" in error["message"]
+        assert f"rank 1 was at training records {records}" in error["message"]
+    assert all(code not in (0, None) for code in two_ranks.exit_codes), "a rank ended well, or hung"
+    assert two_ranks.seconds_after_error < 30
+    for log in two_ranks.logs:
+        assert "NonFiniteLossError: non-finite loss in step 3" in log
+
+
+def test_last_checkpoint_before_a_non_finite_loss_loads(two_ranks):
+    output = two_ranks.folder / "out" / "non_finite"
+    assert not (output / "checkpoint-3").exists()
+    assert what_is_missing(output / "checkpoint-2") == ""
+    model = PeftModel.from_pretrained(load(two_ranks.folder / "model"), output / "checkpoint-2")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

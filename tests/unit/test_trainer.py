@@ -1,0 +1,323 @@
+"""The trainer mixin in one process: losses, gradients, logs, refusals. Ranks and ZeRO: tests/distributed."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from fvae_dist import FVAETrainerMixin, side_loss
+from fvae_dist.training.callbacks import StartupChecks
+from fvae_dist.training.checks import StartupError, check_trainable_parameters
+from fvae_dist.training.trainer import NonFiniteLossError, find_records, token_mask_of
+from tests.distributed.tiny import attach, fixed_noise, llama_config, pad_rows, rows
+
+RTOL = 1e-5
+
+
+class SFT(FVAETrainerMixin, SFTTrainer):
+    pass
+
+
+class Plain(FVAETrainerMixin, transformers.Trainer):
+    pass
+
+
+def tiny_llama(**overrides):
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(llama_config(**overrides))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models
+
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+class Gradients(TrainerCallback):
+    """Gradients right before the first optimizer step."""
+
+    def __init__(self):
+        self.values = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.values:
+            self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_trainer(tmp_path, tokenizer, trainer=SFT, model=None, data=None, eval_data=None, collator=None, **arguments):
+    values = dict(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        gradient_checkpointing=False,
+        seed=5,
+    )
+    if issubclass(trainer, SFTTrainer):
+        special = dict(max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        args = SFTConfig(**(values | special | arguments))
+    else:
+        args = TrainingArguments(**(values | arguments))
+    return trainer(
+        model=attach(tiny_llama()) if model is None else model,
+        args=args,
+        train_dataset=Dataset.from_list(rows(8) if data is None else data),
+        eval_dataset=Dataset.from_list(eval_data) if eval_data else None,
+        data_collator=collator or DataCollatorForLanguageModeling(pad_token_id=0),
+        processing_class=tokenizer,
+    )
+
+
+def task_loss(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The eight rows as one batch, without a trainer."""
+    model = attach(tiny_llama()).train()
+    batch = pad_rows(rows(8))
+    with fixed_noise(), side_loss.collect(model) as collected:
+        task = task_loss(model, batch)
+    (1000 * task + collected.neg_elbo).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"task": task.item(), "collected": collected, "gradients": gradients}
+
+
+def assert_step_equals(reference, trainer):
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    with fixed_noise():
+        trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss/task"] == pytest.approx(reference["task"], rel=RTOL)
+    assert log["loss/neg_elbo"] == pytest.approx(reference["collected"].neg_elbo.item(), rel=RTOL)
+    assert log["loss/total"] == pytest.approx(1000 * log["loss/task"] + log["loss/neg_elbo"], rel=RTOL)
+    for term in ("nll", "kl_z1", "z1_sq", "z2_sq"):
+        assert log[f"elbo/{term}"] == pytest.approx(reference["collected"].terms[term].mean().item(), rel=RTOL)
+    assert log["elbo/active_units"] == reference["collected"].terms["active_z1"].mean()
+    assert log["perf/tokens_per_s_per_gpu"] > 0
+    assert set(gradients.values) == set(reference["gradients"])
+    for name, expected in reference["gradients"].items():
+        atol = RTOL * expected.abs().max().item()
+        torch.testing.assert_close(gradients.values[name], expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("trainer", [SFT, Plain])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_step_is_that_of_the_global_batch(tmp_path, tokenizer, reference, trainer, accumulation, checkpointing):
+    built = make_trainer(
+        tmp_path,
+        tokenizer,
+        trainer,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+    )
+    assert_step_equals(reference, built)
+
+
+def test_padding_amount_does_not_matter(tmp_path, tokenizer, reference):
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, pad_to_multiple_of=32)
+    assert_step_equals(reference, make_trainer(tmp_path, tokenizer, collator=collator))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_packed_step_equals_unpacked(tmp_path, tokenizer, reference, accumulation):
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    # TRL drops the loss on each document's first token: nothing predicts it.
+    built = make_trainer(
+        tmp_path,
+        tokenizer,
+        collator=collator,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert_step_equals(reference, built)
+
+
+def test_incomplete_last_accumulation_is_weighted_by_its_own_tokens(tmp_path, tokenizer):
+    """Three batches of two, accumulated by two: the second step has one batch, and its logs are that batch's."""
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        data=rows(6),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        learning_rate=1e-12,
+    )
+    seen = []
+    original = trainer.get_batch_samples
+
+    def watch(*args, **kwargs):
+        samples = original(*args, **kwargs)
+        seen.append([batch["input_ids"][:, 0].tolist() for batch in samples[0]])
+        return samples
+
+    trainer.get_batch_samples = watch
+    with fixed_noise():
+        trainer.train()
+    by_first_token = {row["input_ids"][0]: row for row in rows(6)}
+    assert [len(step) for step in seen] == [2, 1]
+    model = attach(tiny_llama()).train()
+    for step, log in zip(seen, trainer.state.log_history):
+        batch = pad_rows([by_first_token[token] for token in sum(step, [])])
+        with torch.no_grad(), fixed_noise(), side_loss.collect(model) as collected:
+            task = task_loss(model, batch)
+        assert log["loss/task"] == pytest.approx(task.item(), rel=RTOL)
+        assert log["loss/neg_elbo"] == pytest.approx(collected.neg_elbo.item(), rel=RTOL)
+
+
+def test_eval_loss_has_no_side_loss(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, eval_data=rows(5, seed=3), per_device_eval_batch_size=5)
+    model = attach(tiny_llama()).eval()
+    with torch.no_grad():
+        expected = task_loss(model, pad_rows(rows(5, seed=3))).item()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=RTOL)
+    assert not any("elbo" in key for key in metrics)
+
+
+def test_logs_average_over_steps(tmp_path, tokenizer):
+    """A line every second step holds the mean of what two lines would have said."""
+    lines = []
+    for index, logging_steps in enumerate((1, 2)):
+        trainer = make_trainer(
+            tmp_path / str(index), tokenizer, per_device_train_batch_size=2, max_steps=2, logging_steps=logging_steps
+        )
+        with fixed_noise():
+            trainer.train()
+        lines.append([row for row in trainer.state.log_history if "loss/task" in row])
+    for key in ("loss/task", "loss/neg_elbo", "loss/total"):
+        assert lines[1][0][key] == pytest.approx((lines[0][0][key] + lines[0][1][key]) / 2, rel=RTOL), key
+
+
+def test_baseline_of_another_method_is_left_alone(tmp_path, tokenizer):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, tokenizer, model=get_peft_model(tiny_llama(), lora))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss/total"] == log["loss/task"] == pytest.approx(log["loss"], rel=1e-6)
+    assert "loss/neg_elbo" not in log and log["perf/tokens_per_s_per_gpu"] > 0
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("trainer", [SFT, Plain])
+@pytest.mark.parametrize("argument", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_reentrant_checkpointing_is_refused(tmp_path, tokenizer, trainer, argument):
+    if argument not in TrainingArguments.__dataclass_fields__:
+        pytest.skip("this transformers has only the old name")
+    with pytest.raises(ValueError, match="use_reentrant.*side"):
+        make_trainer(tmp_path, tokenizer, trainer, gradient_checkpointing=True, **{argument: {"use_reentrant": True}})
+
+
+def test_checkpointing_is_non_reentrant_by_default(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=True)
+    trainer.train()
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in trainer.model.modules()]
+    keywords = [function.keywords for function in functions if function is not None]
+    assert keywords and all(entry["use_reentrant"] is False for entry in keywords)
+
+
+def test_padded_packing_is_refused(tmp_path, tokenizer):
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=8)
+    with pytest.raises(ValueError, match="pad_to_multiple_of"):
+        make_trainer(tmp_path, tokenizer, collator=collator)
+
+
+def test_non_finite_loss_names_step_and_records(tmp_path, tokenizer):
+    model = attach(tiny_llama())
+    data = rows(8)
+    for row in data:
+        row["input_ids"] = [2 if token == 63 else token for token in row["input_ids"]]
+    data[5]["input_ids"][-1] = 63
+    with torch.no_grad():
+        model.get_input_embeddings().weight[63] = math.nan
+    trainer = make_trainer(tmp_path, tokenizer, model=model, data=data, per_device_train_batch_size=1, max_steps=8)
+    with pytest.raises(NonFiniteLossError, match=r"non-finite loss in step \d on rank\(s\) 0; rank 0 .* records \[5\]"):
+        trainer.train()
+
+
+def test_padding_mask_of_four_dimensions_is_refused():
+    with pytest.raises(ValueError, match="2-D padding mask"):
+        token_mask_of({"input_ids": torch.zeros(1, 3), "attention_mask": torch.zeros(1, 1, 3, 3)})
+
+
+def test_find_records_finds_whole_records_at_token_boundaries():
+    data = Dataset.from_list([{"input_ids": ids} for ids in ([5, 6, 7], [256, 9], [8, 8, 8], [1, 2])])
+    batch = torch.tensor([[5, 6, 7, 0], [0, 256, 9, 0]])
+    assert find_records(data, batch) == [0, 1]
+    assert find_records(data, torch.tensor([[0x0500, 0x0600, 0x0700]])) == []
+
+
+# ------------------------------------------------------------------------------------------------- start-up checks
+
+
+def test_start_refuses_narrow_and_frozen_adapters():
+    model = attach(tiny_llama())
+    check_trainable_parameters(model)
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.data = parameter.data.bfloat16()
+    with pytest.raises(StartupError, match="is torch.bfloat16, not float32"):
+        check_trainable_parameters(model)
+    model.requires_grad_(False)
+    with pytest.raises(StartupError, match="no parameter is trainable"):
+        check_trainable_parameters(model)
+
+
+def test_start_refuses_a_trainable_base():
+    model = attach(tiny_llama())
+    next(p for name, p in model.named_parameters() if ".base_layer." in name).requires_grad_(True)
+    with pytest.raises(StartupError, match="belongs to the frozen base"):
+        check_trainable_parameters(model)
+
+
+def test_start_seeds_noise_by_rank(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    StartupChecks(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+    drawn = torch.randn(3)
+    torch.manual_seed(5 + 1)
+    assert torch.equal(drawn, torch.randn(3))
+
+
+# ------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_do_not_see_each_other(attention):
+    """transformers builds block masks from position_ids that restart; a packed batch has no attention mask."""
+    documents = rows(4)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(documents)
+    assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1
+    model = attach(tiny_llama(attn_implementation=attention)).eval()
+    with torch.no_grad():
+        packed = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[0]
+        separate = [model(input_ids=torch.tensor([document["input_ids"]])).logits[0] for document in documents]
+    torch.testing.assert_close(packed, torch.cat(separate), rtol=1e-5, atol=1e-5)
