@@ -51,7 +51,8 @@ def estimate_memory(
     intermediate = getattr(text_config, "intermediate_size", None) or 4 * hidden
     layers = text_config.num_hidden_layers
     embedding = hidden * text_config.vocab_size
-    one_layer = max(base_parameters - 2 * embedding, 0) / max(layers, 1)
+    num_embeddings = 1 if getattr(text_config, "tie_word_embeddings", False) else 2
+    one_layer = max(base_parameters - num_embeddings * embedding, 0) / max(layers, 1)
     shards = world_size if stage == 3 else 1
     optimizer_shards = world_size if stage >= 1 else 1
     # Saved per token and layer: norms, q/k/v/o and attention output about 8 hidden, the gated MLP about 4

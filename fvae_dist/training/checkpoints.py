@@ -76,12 +76,11 @@ def what_is_missing(folder: Path) -> str:
     return ""
 
 
-def prepare_output_dir(
-    output_dir: str | Path, checkpoint: str | None, overwrite: bool, is_main: bool, resume: bool = False
-) -> None:
-    """Make the folder. Refuse to train anew over an earlier run's checkpoints, or clear them where the recipe says so.
+def check_output_dir(output_dir: str | Path, checkpoint: str | None, overwrite: bool, resume: bool = False) -> None:
+    """Make the folder, and refuse to train anew over an earlier run's checkpoints. Deletes nothing.
 
     Args:
+        checkpoint: what is resumed from, or None.
         resume: whether `--resume` was given; without a `checkpoint` found, what lies there was never completed, and
             a run that was stopped while it wrote its first checkpoint starts anew.
 
@@ -97,17 +96,19 @@ def prepare_output_dir(
         ) from None
     if not os.access(output, os.W_OK | os.X_OK):
         raise RecipeError(f"training.output_dir: {output} is not writable")
-    if checkpoint is not None:
-        return
     leftovers = list_checkpoints(output)
-    if leftovers and not overwrite and not resume:
+    if leftovers and checkpoint is None and not overwrite and not resume:
         raise RecipeError(
             f"training.output_dir: {output} holds {leftovers[-1].name} of an earlier run; go on with --resume auto, "
             "choose another folder, or set training.overwrite_output_dir: true"
         )
-    if is_main and overwrite:
-        for path in [*leftovers, output / "tensorboard", output / "adapter"]:
-            shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_output_dir(output_dir: str | Path) -> None:
+    """Delete what an earlier run wrote there, and nothing else. One rank calls this, once all else is checked."""
+    output = Path(output_dir)
+    for path in [*list_checkpoints(output), output / "tensorboard", output / "adapter"]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_is_folder(output: Path) -> None:

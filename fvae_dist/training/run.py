@@ -15,11 +15,12 @@ import torch.distributed as dist
 import transformers
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist.training.callbacks import PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
 from fvae_dist.training.card import write_model_card
-from fvae_dist.training.checkpoints import find_checkpoint, prepare_output_dir
+from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
 from fvae_dist.training.data import PreparedData, prepare_data
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
 from fvae_dist.training.modeling import (
@@ -76,9 +77,12 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     """
     training = recipe.training
     use_cpu = _use_cpu(recipe)
+    _check_liger(recipe, use_cpu)
     deepspeed = load_deepspeed_config(recipe, devices or _env_int("WORLD_SIZE", 1))
     attention, reason = choose_attention(recipe.model, use_cpu)
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
+    if not dry_run:
+        check_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, resume is not None)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)
@@ -87,11 +91,8 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
-    if not dry_run:
-        is_main = _env_int("RANK", 0) == 0
-        prepare_output_dir(
-            training.output_dir, checkpoint, training.overwrite_output_dir, is_main, resume is not None
-        )
+    if training.overwrite_output_dir and checkpoint is None and not dry_run and _env_int("RANK", 0) == 0:
+        clear_output_dir(training.output_dir)
     return Prepared(recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint)
 
 
@@ -227,6 +228,15 @@ def _use_cpu(recipe: Recipe) -> bool:
     if stated is False and not torch.cuda.is_available():
         raise RecipeError("training.use_cpu: false, but there is no CUDA device here")
     return not torch.cuda.is_available() if stated is None else stated
+
+
+def _check_liger(recipe: Recipe, use_cpu: bool) -> None:
+    if not recipe.training.use_liger_kernel:
+        return
+    if use_cpu:
+        raise RecipeError("training.use_liger_kernel: Liger's kernels need a GPU")
+    if not is_liger_kernel_available():
+        raise RecipeError("training.use_liger_kernel: Liger is not installed: `pip install liger-kernel`")
 
 
 def _set_up_process(prepared: Prepared) -> None:

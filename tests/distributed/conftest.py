@@ -17,7 +17,7 @@ import torch
 from tests.distributed.tiny import write_large_model, write_model
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 420  # ~70 s on two free cores; the first run on a machine compiles a DeepSpeed operator for ~90 s
+TIMEOUT_S = 480  # ~70 s on two free cores; the first run on a machine compiles a DeepSpeed operator for ~90 s
 NUM_RANKS = 2
 SCENARIOS = (
     "loading",

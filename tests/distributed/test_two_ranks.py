@@ -81,8 +81,9 @@ def test_rows_are_uneven_over_ranks(two_ranks):
     by_first_token = {row["input_ids"][0]: row for row in rows(8)}
     counts = []
     for rank in range(2):
-        held = [by_first_token[t] for t in sum(two_ranks.result("sft_zero3", rank)["seen"][0], [])]
-        counts.append((sum(len(r["input_ids"]) for r in held), sum(label != -100 for r in held for label in r["labels"])))
+        held = [by_first_token[t] for batch in two_ranks.result("sft_zero3", rank)["seen"][0] for t in batch]
+        num_labels = sum(label != -100 for row in held for label in row["labels"])
+        counts.append((sum(len(row["input_ids"]) for row in held), num_labels))
     assert counts[0][0] != counts[1][0] and counts[0][1] != counts[1][1]
     assert counts[0][1] * counts[1][0] != counts[0][0] * counts[1][1]
 

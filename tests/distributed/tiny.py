@@ -16,30 +16,30 @@ from fvae_dist import FVAELoraConfig
 from fvae_dist.adapter import vae
 
 VOCABULARY = 64
-ADAPTER = dict(
-    r=4,
-    lora_alpha=8,
-    target_modules=["q_proj", "v_proj"],
-    encoder_hidden=6,
-    encoder_dropout=0.0,
-    decoder_hidden=8,
-    decoder_dropout=0.0,
-    task_type="CAUSAL_LM",
-)
+ADAPTER = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "encoder_hidden": 6,
+    "encoder_dropout": 0.0,
+    "decoder_hidden": 8,
+    "decoder_dropout": 0.0,
+    "task_type": "CAUSAL_LM",
+}
 
 
 def llama_config(**overrides) -> LlamaConfig:
-    sizes = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    }
     return LlamaConfig(**(sizes | overrides))
 
 

@@ -155,29 +155,30 @@ class Run:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
-        values = dict(
-            output_dir=str(self.output),
-            deepspeed=self.deepspeed_config(),
-            use_cpu=True,
-            bf16=s["stage"] == 3 and s["dtype"] == "bfloat16",
-            fp16=s["stage"] == 3 and s["dtype"] == "float16",
-            per_device_train_batch_size=s["micro_batch"],
-            per_device_eval_batch_size=2,
-            gradient_accumulation_steps=s["accumulation"],
-            gradient_checkpointing=s["checkpointing"],
-            max_steps=s["steps"],
-            learning_rate=s["learning_rate"],
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            seed=5,
-            data_seed=5,
-        ) | s["arguments"]
+        values = {
+            "output_dir": str(self.output),
+            "deepspeed": self.deepspeed_config(),
+            "use_cpu": True,
+            "bf16": s["stage"] == 3 and s["dtype"] == "bfloat16",
+            "fp16": s["stage"] == 3 and s["dtype"] == "float16",
+            "per_device_train_batch_size": s["micro_batch"],
+            "per_device_eval_batch_size": 2,
+            "gradient_accumulation_steps": s["accumulation"],
+            "gradient_checkpointing": s["checkpointing"],
+            "max_steps": s["steps"],
+            "learning_rate": s["learning_rate"],
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "seed": 5,
+            "data_seed": 5,
+            **s["arguments"],
+        }
         if issubclass(s["trainer"], SFTTrainer):
-            special = dict(max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+            special = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
             args = SFTConfig(**values, **special)
         else:
             args = TrainingArguments(**values)
@@ -329,7 +330,18 @@ def eval_logits(trainer: Any) -> torch.Tensor:
 
 def hundred_steps(folder: Path) -> dict[str, Any]:
     """AdamW steps of 1e-4: bf16 would lose each of them on a weight of size one."""
-    run = Run(folder, "hundred_steps", dtype="bfloat16", steps=100, num_rows=8, learning_rate=1e-4, checkpointing=False)
+    # Small weights kept whole on every rank, as DeepSpeed does by default; elsewhere here all are sharded.
+    run = Run(
+        folder,
+        "hundred_steps",
+        dtype="bfloat16",
+        steps=100,
+        learning_rate=1e-4,
+        checkpointing=False,
+        zero={"stage3_param_persistence_threshold": 100_000},
+        adapter={"layers_to_transform": [1]},
+        arguments={"logging_steps": 100},
+    )
     trainer = run.build()
     try:
         trainer.train()
@@ -423,7 +435,9 @@ def non_finite(folder: Path) -> None:
         trainer.train()
     except BaseException as error:
         seen = trainer.seen
-        torch.save({"error": type(error).__name__, "message": str(error), "seen": seen}, result_file(folder, "non_finite"))
+        torch.save(
+            {"error": type(error).__name__, "message": str(error), "seen": seen}, result_file(folder, "non_finite")
+        )
         raise
 
 
@@ -445,7 +459,9 @@ SCENARIOS: dict[str, Any] = {
     "resume": resume,
     "lora": lora,
     "half_precision": half_precision,
-    "hpz": lambda folder: gradients(folder, config="zero3_hpz.json", micro_batch=4, zero={"zero_hpz_partition_size": 2}),
+    "hpz": lambda folder: gradients(
+        folder, config="zero3_hpz.json", micro_batch=4, zero={"zero_hpz_partition_size": 2}
+    ),
     "non_finite": non_finite,  # last: it ends the process
 }
 
@@ -456,7 +472,9 @@ def result_file(folder: Path, scenario: str) -> Path:
 
 def main(folder: Path, rank: int, world_size: int, names: list[str]) -> None:
     timeout = timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timeout
+    )
     deepspeed.init_distributed(dist_backend="gloo")
     for name in names:
         started = time.monotonic()

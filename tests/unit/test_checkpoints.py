@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fvae_dist.training.checkpoints import find_checkpoint, list_checkpoints, prepare_output_dir, what_is_missing
+from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint, list_checkpoints, what_is_missing
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.saving import ADAPTER_FILE
 
@@ -103,9 +103,9 @@ def test_auto_without_checkpoints_starts_anew(tmp_path):
 def test_earlier_run_is_not_trained_over(tmp_path):
     folder = make_checkpoint(tmp_path, 5)
     with pytest.raises(RecipeError, match=r"^training\.output_dir: .* holds checkpoint-5 of an earlier run"):
-        prepare_output_dir(tmp_path, None, overwrite=False, is_main=True)
+        check_output_dir(tmp_path, None, overwrite=False)
     assert what_is_missing(folder) == ""
-    prepare_output_dir(tmp_path, str(folder), overwrite=True, is_main=True)
+    check_output_dir(tmp_path, str(folder), overwrite=True)
     assert what_is_missing(folder) == ""
 
 
@@ -113,9 +113,9 @@ def test_overwrite_clears_an_earlier_run_and_nothing_else(tmp_path):
     make_checkpoint(tmp_path, 5)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "notes.txt").touch()
-    prepare_output_dir(tmp_path, None, overwrite=True, is_main=False)
+    check_output_dir(tmp_path, None, overwrite=True)
     assert (tmp_path / "checkpoint-5").exists()
-    prepare_output_dir(tmp_path, None, overwrite=True, is_main=True)
+    clear_output_dir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -123,7 +123,7 @@ def test_resume_goes_on_where_only_an_unfinished_checkpoint_lies(tmp_path):
     """A job that was stopped while it wrote its first checkpoint must be able to start again with the same command."""
     remove_adapter(make_checkpoint(tmp_path, 5))
     assert find_checkpoint("auto", tmp_path) is None
-    prepare_output_dir(tmp_path, None, overwrite=False, is_main=True, resume=True)
+    check_output_dir(tmp_path, None, overwrite=False, resume=True)
     assert (tmp_path / "checkpoint-5").exists()
 
 
@@ -133,10 +133,10 @@ def test_output_dir_must_be_a_folder_that_can_be_made(tmp_path):
         with pytest.raises(RecipeError, match=r"^training\.output_dir: .*file is a file, not a folder"):
             find_checkpoint(None, output)
     with pytest.raises(RecipeError, match=r"^training\.output_dir: cannot make /proc/nowhere"):
-        prepare_output_dir("/proc/nowhere/run", None, overwrite=False, is_main=True)
+        check_output_dir("/proc/nowhere/run", None, overwrite=False)
 
 
 def test_unwritable_output_dir_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # as root every folder is writable
     with pytest.raises(RecipeError, match="is not writable"):
-        prepare_output_dir(tmp_path, None, overwrite=False, is_main=True)
+        check_output_dir(tmp_path, None, overwrite=False)

@@ -120,7 +120,9 @@ def test_gathers_are_bounded(monkeypatch):
     model = attach(tiny_llama())
     sizes = {True: [], False: []}
     for keep, seen in sizes.items():
-        monkeypatch.setattr(saving, "_gathered", lambda parameters, s=seen: (s.append(len(parameters)), nullcontext())[1])
+        monkeypatch.setattr(
+            saving, "_gathered", lambda parameters, s=seen: (s.append(len(parameters)), nullcontext())[1]
+        )
         saving.full_trainable_state_dict(model, keep=keep)
     assert sizes[True] == sizes[False] and len(sizes[True]) > 1
     assert max(sizes[True]) <= saving._GATHER_CHUNK

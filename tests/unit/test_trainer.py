@@ -53,25 +53,25 @@ class Gradients(TrainerCallback):
 
 
 def make_trainer(tmp_path, tokenizer, trainer=SFT, model=None, data=None, eval_data=None, collator=None, **arguments):
-    values = dict(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        max_steps=1,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        gradient_checkpointing=False,
-        seed=5,
-    )
+    values = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "gradient_checkpointing": False,
+        "seed": 5,
+    }
     if issubclass(trainer, SFTTrainer):
-        special = dict(max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        special = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         args = SFTConfig(**(values | special | arguments))
     else:
         args = TrainingArguments(**(values | arguments))
@@ -118,7 +118,9 @@ def assert_step_equals(reference, trainer):
     assert set(gradients.values) == set(reference["gradients"])
     for name, expected in reference["gradients"].items():
         atol = RTOL * expected.abs().max().item()
-        torch.testing.assert_close(gradients.values[name], expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients.values[name], expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the loss
@@ -184,7 +186,7 @@ def test_incomplete_last_accumulation_is_weighted_by_its_own_tokens(tmp_path, to
     assert [len(step) for step in seen] == [2, 1]
     model = attach(tiny_llama()).train()
     for step, log in zip(seen, trainer.state.log_history):
-        batch = pad_rows([by_first_token[token] for token in sum(step, [])])
+        batch = pad_rows([by_first_token[token] for micro_batch in step for token in micro_batch])
         with torch.no_grad(), fixed_noise(), side_loss.collect(model) as collected:
             task = task_loss(model, batch)
         assert log["loss/task"] == pytest.approx(task.item(), rel=RTOL)
@@ -234,7 +236,7 @@ def test_baseline_of_another_method_is_left_alone(tmp_path, tokenizer):
 def test_reentrant_checkpointing_is_refused(tmp_path, tokenizer, trainer, argument):
     if argument not in TrainingArguments.__dataclass_fields__:
         pytest.skip("this transformers has only the old name")
-    with pytest.raises(ValueError, match="use_reentrant.*side"):
+    with pytest.raises(ValueError, match=r"use_reentrant.*side"):
         make_trainer(tmp_path, tokenizer, trainer, gradient_checkpointing=True, **{argument: {"use_reentrant": True}})
 
 
@@ -285,7 +287,7 @@ def test_start_refuses_narrow_and_frozen_adapters():
     check_trainable_parameters(model)
     parameter = next(p for p in model.parameters() if p.requires_grad)
     parameter.data = parameter.data.bfloat16()
-    with pytest.raises(StartupError, match="is torch.bfloat16, not float32"):
+    with pytest.raises(StartupError, match=r"is torch.bfloat16, not float32"):
         check_trainable_parameters(model)
     model.requires_grad_(False)
     with pytest.raises(StartupError, match="no parameter is trainable"):
