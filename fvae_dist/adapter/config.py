@@ -29,10 +29,12 @@ class FVAELoraConfig(PeftConfig):
 
     r: int = _field(16, "Dimension of the latents z1 and z2.")
     lora_alpha: float = _field(16.0, "The update is scaled by lora_alpha / (r + 1e-5).")
-    target_modules: list[str] | str | None = _field(
+    target_modules: list[str] | set[str] | str | None = _field(
         None, "Module names, a regular expression, or 'all-linear'; default: PEFT's choice for the architecture."
     )
-    exclude_modules: list[str] | str | None = _field(None, "Names or a regular expression of modules left alone.")
+    exclude_modules: list[str] | set[str] | str | None = _field(
+        None, "Names or a regular expression of modules left alone."
+    )
     layers_to_transform: list[int] | int | None = _field(None, "Adapt only the layers with these indexes.")
     layers_pattern: list[str] | str | None = _field(None, "Name of the layer list that layers_to_transform indexes.")
     modules_to_save: list[str] | None = _field(None, "Other modules that are trained whole and saved along.")

@@ -25,9 +25,9 @@ def linear_features(layer: nn.Module) -> tuple[int, int] | None:
         return int(rows), int(columns)
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return None  # nn.MultiheadAttention reads its weight and never calls it: an adapter there would do nothing
-    features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if isinstance(features[0], int) and isinstance(features[1], int):
-        return features
+    in_features, out_features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if isinstance(in_features, int) and isinstance(out_features, int):
+        return in_features, out_features
     return None
 
 
@@ -99,7 +99,8 @@ class FVAELinear(nn.Module, BaseTunerLayer):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         """scale * B z1 of one adapter, (..., D) -> (..., O), in the compute dtype."""
-        vae, lora_B = self.fvae_vae[name], self.fvae_lora_B[name]
+        vae: Any = self.fvae_vae[name]
+        lora_B: Any = self.fvae_lora_B[name]
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)

@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.layer import FVAELinear, linear_features
 from fvae_dist.adapter.registration import PREFIX
 
@@ -25,7 +24,7 @@ class FVAELoraModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = FVAELinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._check_adapter_names(model)
@@ -44,7 +43,7 @@ class FVAELoraModel(BaseTuner):
                 "that parameter; choose another name"
             )
 
-    def _check_targets(self, model: nn.Module, config: FVAELoraConfig) -> None:
+    def _check_targets(self, model: nn.Module, config: Any) -> None:
         """Check before anything is changed that every target matches, and matches linear layers only.
 
         PEFT passes over a name (or a layer index) that matches nothing as long as another one does.
@@ -74,7 +73,7 @@ class FVAELoraModel(BaseTuner):
                 raise ValueError(f"layers_to_transform: {index} matches no module of {type(model).__name__}")
 
     @staticmethod
-    def _require_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    def _require_linear(model: nn.Module, name: str, module: Any) -> None:
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if linear_features(base) is None:
             raise ValueError(
@@ -84,13 +83,13 @@ class FVAELoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: FVAELoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, FVAELinear):
             target.update_layer(adapter_name, peft_config)

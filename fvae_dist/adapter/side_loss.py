@@ -156,7 +156,7 @@ class Collector:
     def accepts(self, layer: nn.Module) -> bool:
         return layer in self._names
 
-    def add(self, layer: nn.Module, adapter: str, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
+    def add(self, layer: Any, adapter: str, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
         """Take one layer's report: neg_elbo and terms (...), mean1 (..., R)."""
         name = self._names[layer]
         trainable = any(parameter.requires_grad for parameter in layer.fvae_vae[adapter].parameters())
@@ -236,7 +236,9 @@ def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = Tr
     """
     collector = Collector(model, token_mask, terms)
     # The forward of the model inside a PeftModel names its arguments, which PEFT's *args do not.
-    entrance = model.get_base_model() if hasattr(model, "get_base_model") else model
+    entrance: Any = model
+    if hasattr(model, "get_base_model"):
+        entrance = entrance.get_base_model()
     hook = entrance.register_forward_pre_hook(collector._see_forward, with_kwargs=True)
     _open_collectors.append(collector)
     try:

@@ -1,11 +1,13 @@
 """The VAE that replaces LoRA's down-projection: two encoders, the sampling, the decoder.
 
 Parameters are fp32 and stay so (see `Fp32Module`). The products over D run in the dtype of x; everything narrower, the
-sampling and the statistics in fp32. Each weight is used only in the forward of the module that owns it and every forward returns plain
-tensors: that is what ZeRO-3's gathering hooks need.
+sampling and the statistics in fp32. Each weight is used only in the forward of the module that owns it and every
+forward returns plain tensors: that is what ZeRO-3's gathering hooks need.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +55,11 @@ class MLP(nn.Module):
     def __init__(self, features_in: int, hidden: int, num_layers: int, dropout: float):
         super().__init__()
         widths = [features_in] + [hidden] * num_layers
-        self.linears = nn.ModuleList(CastLinear(a, b) for a, b in zip(widths, widths[1:]))
+        self.linears = nn.ModuleList(CastLinear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., features_in) -> (..., hidden), fp32. The first product runs in the dtype of x, the narrow rest in fp32."""
+        """(..., features_in) -> (..., hidden), fp32; only the first product runs in the dtype of x."""
         for linear in self.linears:
             x = self.dropout(F.relu(wide(linear(x))))
         return x

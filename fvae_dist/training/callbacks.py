@@ -46,6 +46,10 @@ class PerformanceLogs(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "loss" not in logs:
             return
+        engine = getattr(self.trainer, "deepspeed", None)
+        if engine is not None:
+            # DeepSpeed passes over a step whose gradients are not finite, without a word.
+            logs["optim/skipped_steps"] = engine.skipped_steps
         device = self.trainer.args.device
         local = torch.tensor([peak_memory_gib(device)], device=device)
         logs["mem/peak_gib"] = float(self.trainer.accelerator.gather(local).max())

@@ -144,8 +144,8 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
         raise RecipeError(f"model.name_or_path: cannot build {name}: {_first_line(error)}") from None
     if recipe.adapter.get("modules_to_save") and recipe.model.dtype != "float32":
         raise RecipeError(
-            f"adapter.modules_to_save: would train whole modules in {recipe.model.dtype}, where small updates are lost; "
-            "use model.dtype: float32"
+            f"adapter.modules_to_save: would train whole modules in {recipe.model.dtype}, where small updates are "
+            "lost; use model.dtype: float32"
         )
     base_sizes = [parameter.numel() for parameter in model.parameters()]
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))

@@ -103,6 +103,8 @@ def train(prepared: Prepared) -> dict[str, Any]:
     args = build_arguments(prepared)
     start_process_group(args)
     logger.info("attention: %s (%s)", prepared.attention, prepared.attention_reason)
+    if recipe.model.dtype == "float16":
+        logger.warning("model.dtype float16: gradients of fp32 adapters get no loss scaling; bfloat16 is safer")
     model = build_model(prepared, args)
     trainer = build_trainer(prepared, args, model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def save_adapter(model: PeftModel, output_dir: str | Path, is_main: bool, proces
             problem = _find_bad_tensor(model, state_dict)
             if not problem:
                 model.save_pretrained(str(output), state_dict=state_dict)
+                _make_readable(model, output)
                 problem = _find_difference(model, state_dict, output)
             if processing_class is not None:
                 processing_class.save_pretrained(str(output))
@@ -86,6 +88,14 @@ def _gathered(parameters: list[nn.Parameter]):
 
 def _adapters_on_disk(model: PeftModel, output: Path) -> dict[str, Path]:
     return {name: (output if name == "default" else output / name) / ADAPTER_FILE for name in model.peft_config}
+
+
+def _make_readable(model: PeftModel, output: Path) -> None:
+    """safetensors writes files only their owner can read; give them the modes of any other new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in _adapters_on_disk(model, output).values():
+        path.chmod(0o666 & ~mask)
 
 
 def _find_bad_tensor(model: PeftModel, state_dict: dict[str, Tensor]) -> str:

@@ -11,22 +11,28 @@ all ranks. With an adapter of another PEFT type the mixin adds nothing to the lo
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import Tensor
 
 from fvae_dist.adapter import FVAELinear, side_loss
 from fvae_dist.adapter.vae import FactorizedVAE
 from fvae_dist.training.saving import save_adapter
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _TrainerBase  # what the mixin is mixed into
+else:
+    _TrainerBase = object
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a micro-step is NaN or infinite; raised on every rank before any gradient of it exists."""
 
 
-class FVAETrainerMixin:
+class FVAETrainerMixin(_TrainerBase):
     """Mix in before the trainer class. Adds the side loss, the checks around it, fp32 adapter saving, and its logs.
 
     Logged beside the trainer's own keys, every `logging_steps`: loss/total, loss/task, loss/neg_elbo, elbo/nll,
@@ -46,6 +52,7 @@ class FVAETrainerMixin:
                     "loss's gradient; non-reentrant is the default"
                 )
         super().__init__(*args, **kwargs)
+        self.model: torch.nn.Module
         self._use_non_reentrant_checkpointing()
         self._fvae_layers = [module for module in self.model.modules() if isinstance(module, FVAELinear)]
         self._refuse_padded_packing()
@@ -101,6 +108,7 @@ class FVAETrainerMixin:
         """task_weight * task loss + side loss in training; the task loss alone in evaluation."""
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any
         if not self._fvae_layers:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             task = total = result[0] if return_outputs else result
@@ -158,10 +166,13 @@ class FVAETrainerMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone, in fp32, and read it back; all ranks must call this (ZeRO-3 gathers)."""
-        output_dir = output_dir or self.args.output_dir
-        save_adapter(self.model, output_dir, is_main=self.args.should_save, processing_class=self.processing_class)
+        if not isinstance(self.model, PeftModel):
+            return super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir or "."
+        save_adapter(self.model, folder, is_main=self.args.should_save, processing_class=self.processing_class)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+        return None
 
     # ------------------------------------------------------------------------------------------------- the logs
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint, list_checkpoints, what_is_missing
+from fvae_dist.training.checkpoints import (
+    check_output_dir,
+    clear_output_dir,
+    find_checkpoint,
+    list_checkpoints,
+    what_is_missing,
+)
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.saving import ADAPTER_FILE
 
