@@ -105,7 +105,7 @@ def test_what_is_no_recipe(refused, text, line):
         ("training.deepspeed=.", "training.deepspeed: .: is a directory"),
         ("training.output_dir=data.jsonl", "training.output_dir: data.jsonl is a file, not a folder"),
         ("training.output_dir=data.jsonl/run", "training.output_dir: "),
-        ("training.output_dir=/proc/nowhere/run", "data.cache_dir: "),
+        ("training.output_dir=/proc/nowhere/run", "training.output_dir: cannot make /proc/nowhere/run"),
         ("training.seed", "--set training.seed: write section.key=value"),
     ],
 )
