@@ -132,3 +132,19 @@ def test_adapted_model_survives_deepcopy(name):
         for parameter in twin.parameters():
             parameter.zero_()
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_import_is_free_and_registers_once_peft_comes():
+    program = (
+        "import sys, fvae_dist\n"
+        "early = sorted({'torch', 'transformers', 'peft', 'deepspeed'} & set(sys.modules))\n"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING\n"
+        "print(early, 'FVAE_LORA' in list(PEFT_TYPE_TO_TUNER_MAPPING))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split("\n")[0] == "[] True"
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'FVAELora'"):
+        _ = fvae_dist.FVAELora
