@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class RecipeError(Exception):
@@ -28,6 +28,10 @@ class _Section(BaseModel):
         if any(len(part.encode(errors="replace")) > 255 for part in parts) or len(parts) > 256:
             raise ValueError("longer than a name can be")
         return value
+
+
+# YAML reads an unquoted no as false.
+_NO_IS_TEXT = BeforeValidator(lambda value: "no" if value is False else value)
 
 
 class ModelSection(_Section):
@@ -122,7 +126,9 @@ class TrainingSection(_Section):
         default_factory=dict, description="Passed to torch.utils.checkpoint; use_reentrant: true is refused."
     )
     use_liger_kernel: bool = Field(False, description="Liger's fused layers where the architecture has them (GPU).")
-    save_strategy: Literal["steps", "epoch", "no"] = Field("steps", description="When checkpoints are written.")
+    save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
+        "steps", description="When checkpoints are written."
+    )
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
     save_total_limit: int | None = Field(2, ge=1, description="Newest checkpoints kept; null: all.")
     dataloader_num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
@@ -156,7 +162,9 @@ class TrainingSection(_Section):
 class EvaluationSection(_Section):
     """Loss on data.eval during the run."""
 
-    strategy: Literal["no", "steps", "epoch"] = Field("no", description="When data.eval is evaluated.")
+    strategy: Annotated[Literal["no", "steps", "epoch"], _NO_IS_TEXT] = Field(
+        "no", description="When data.eval is evaluated."
+    )
     steps: int = Field(200, ge=1, description="Optimizer steps between evaluations.")
     at_start: bool = Field(False, description="Evaluate the base model before the first step.")
     at_end: bool = Field(False, description="Evaluate once more after the last step.")

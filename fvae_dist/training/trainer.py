@@ -85,6 +85,10 @@ class FVAETrainerMixin(_TrainerBase):
         if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
             raise ValueError("pad_to_multiple_of with packing: its padding cannot be told from tokens; leave it out")
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """As the trainer's (no biases, no norms), and not the decoder's scale either: decay would sharpen it to 0."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".decoder.scale")]
+
     # ------------------------------------------------------------------------------------------------- the loss
 
     def training_step(self, *args: Any, **kwargs: Any):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from fvae_dist.cli import train_command
 from fvae_dist.training.sources import alpaca_prompt
 from tests.recipes import RECORDS, make_model_folder, recipe_values, write_recipe, write_records
 
+ROOT = Path(__file__).parents[2]
 ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}}
 
 
@@ -147,3 +149,31 @@ def test_tied_embeddings_are_counted_once(report):
 def test_help_recipe_needs_no_recipe(capsys):
     assert train_command(["--help-recipe"]) == 0
     assert "learning_rate: float, default 0.0002" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_goes_through_the_command(path, tmp_path, monkeypatch, capsys):
+    """The recipe as it stands, with a tiny model and data of its format in the place of those it names."""
+    record = {
+        "alpaca": RECORDS[0],
+        "prompt_completion": {"prompt": "a", "completion": "b"},
+        "text": {"text": "some words"},
+        "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    }[yaml.safe_load(path.read_text())["data"]["train"][0]["format"]]
+    base = make_model_folder(tmp_path / "base")
+    data = write_records(tmp_path / "data.jsonl", [record] * 3)
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    settings = {
+        "model.name_or_path": base,
+        "model.attention": "auto",
+        "data.train.0.path": data,
+        "data.eval": "[]",
+        "evaluation": "{}",
+        "data.max_length": 512,
+        "data.chat_template": f'"{template}"',
+        "data.cache_dir": tmp_path / "cache",
+    }
+    monkeypatch.chdir(ROOT)
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    assert train_command(["--config", str(path.relative_to(ROOT)), "--dry-run", "--devices", "8", *overrides]) == 0
+    assert "== First example" in capsys.readouterr().out

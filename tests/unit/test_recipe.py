@@ -8,6 +8,7 @@ import yaml
 from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.training.recipe import Recipe, RecipeError, TrainingSection, describe_recipe
 from fvae_dist.training.recipe_file import load_recipe, parse_yaml
+from tests.recipes import recipe_values, write_recipe
 
 RECIPE = """\
 model:
@@ -314,3 +315,10 @@ def test_help_describes_every_field():
 def test_recipe_survives_a_round_trip_through_yaml(load):
     recipe = load()
     assert load(yaml.safe_dump(recipe.model_dump())) == recipe
+
+
+@pytest.mark.parametrize("key", ["training.save_strategy", "evaluation.strategy"])
+def test_unquoted_no_is_a_strategy(tmp_path, key):
+    path = write_recipe(tmp_path, recipe_values(tmp_path, tmp_path))
+    section, name = key.split(".")
+    assert getattr(getattr(load_recipe(path, [f"{key}=no"]), section), name) == "no"

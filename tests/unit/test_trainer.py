@@ -323,3 +323,15 @@ def test_packed_documents_do_not_see_each_other(attention):
         packed = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[0]
         separate = [model(input_ids=torch.tensor([document["input_ids"]])).logits[0] for document in documents]
     torch.testing.assert_close(packed, torch.cat(separate), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [SFT, Plain])
+def test_weight_decay_spares_biases_and_the_decoder_scale(tmp_path, tokenizer, trainer):
+    instance = make_trainer(tmp_path, tokenizer, trainer, weight_decay=0.1)
+    names = {id(p): name for name, p in instance.model.named_parameters()}
+    groups = instance.create_optimizer().param_groups
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    spared = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert decayed | spared == {name for name, p in instance.model.named_parameters() if p.requires_grad}
+    assert all(name.endswith(".weight") for name in decayed)
+    assert all(name.endswith((".bias", ".decoder.scale")) for name in spared)
