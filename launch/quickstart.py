@@ -25,30 +25,21 @@ Exit codes: 0 done; 1 the held-out loss did not fall; 2 something is missing (on
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import math
-import random
-import re
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# Its neighbours in launch/.
+from quickstart_report import QuickstartError, report
+from quickstart_text import digest, group_documents, load_topics, make_pairs, sentences, split_topics
+
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-PART_SHARES = {"base": 0.60, "train": 0.30, "heldout": 0.10}
-FUNCTION_WORDS = {
-    *("a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "if", "in", "is", "it", "its"),
-    *("not", "of", "on", "or", "that", "the", "this", "to", "was", "when", "which", "with"),
-}
-NUM_GAPS = 3
 ARTIFACTS = ("model", "train.jsonl", "heldout.jsonl")
-
-
-class QuickstartError(Exception):
-    """Something is missing or unreadable; the message is one line for the user. Exits with 2."""
 
 
 @dataclass(frozen=True)
@@ -78,91 +69,6 @@ FAST = Settings(
     num_train_pairs=400,
     num_heldout_pairs=40,
 )
-
-
-# ------------------------------------------------------------------------------------------------------------ text
-
-
-def load_topics() -> dict[str, str]:
-    """The language reference of this Python, topic name -> text. Its wording differs a little between versions."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        message = "this Python has no pydoc_data.topics, the quickstart's text; use a full installation"
-        raise QuickstartError(f"{sys.executable}: {message}") from None
-    return dict(topics)
-
-
-def split_topics(topics: dict[str, str]) -> dict[str, list[str]]:
-    """Cut the text by topic into the parts of PART_SHARES; return each part's paragraphs.
-
-    Long topics quote short ones whole ("compound" contains "while"), so a paragraph belongs to the smallest topic it
-    stands in and is dropped from the others: parts share no paragraph. Topics are dealt in an order that depends on
-    their names only, each to the part that is then least full.
-    """
-    owner: dict[str, tuple[str, str]] = {}  # paragraph without its line breaks -> (topic, paragraph as printed)
-    for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
-        for paragraph in re.split(r"\n\s*\n", topics[name]):
-            key = " ".join(paragraph.split())
-            if key:
-                owner.setdefault(key, (name, paragraph.strip("\n")))
-    paragraphs: dict[str, list[str]] = {name: [] for name in topics}
-    for name, paragraph in owner.values():
-        paragraphs[name].append(paragraph)
-
-    parts: dict[str, list[str]] = {part: [] for part in PART_SHARES}
-    num_chars = dict.fromkeys(PART_SHARES, 0)
-    for name in sorted(topics, key=_digest):
-        size = sum(map(len, paragraphs[name]))
-        part = min(PART_SHARES, key=lambda part: (num_chars[part] + size) / PART_SHARES[part])
-        parts[part] += paragraphs[name]
-        num_chars[part] += size
-    return parts
-
-
-def sentences(paragraphs: list[str]) -> list[str]:
-    """The prose sentences of `paragraphs`, each once: tables, grammar, code and headings are left out."""
-    found: dict[str, None] = {}
-    for paragraph in paragraphs:
-        if re.search(r"::=|>>>|^\s*[+|]|^\s*[*=\-~]{4,}|^ {6,}", paragraph, re.MULTILINE):
-            continue
-        for sentence in re.split(r'(?<=[.!?]) +(?=[A-Z"(*])', " ".join(paragraph.split())):
-            if re.match(r'["A-Z]', sentence) and sentence.endswith(".") and 60 <= len(sentence) <= 170:
-                found[sentence] = None
-    return list(found)
-
-
-def make_pairs(texts: list[str], num_pairs: int, seed: int) -> list[dict[str, str]]:
-    """Blank NUM_GAPS function words per sentence; return prompt/completion records.
-
-    Sentences are gone through again, with other gaps, until there are `num_pairs` records or eight rounds are over.
-    """
-    records: dict[str, str] = {}
-    for round_number in range(8):
-        for text in texts:
-            words = text.split(" ")
-            candidates = [index for index, word in enumerate(words) if word in FUNCTION_WORDS]
-            if len(candidates) < NUM_GAPS or len(records) == num_pairs:
-                continue
-            # Seeded by the sentence: a record does not depend on the records before it.
-            gaps = sorted(random.Random(f"{seed} {round_number} {text}").sample(candidates, NUM_GAPS))
-            blanked = " ".join("_" if index in gaps else word for index, word in enumerate(words))
-            records[f"Text: {blanked}\nMissing words:"] = " " + ", ".join(words[index] for index in gaps)
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in records.items()]
-
-
-def group_documents(paragraphs: list[str], num_chars: int = 500) -> list[str]:
-    """Join neighbouring paragraphs to documents of at least `num_chars` (but for the last one)."""
-    documents = [""]
-    for paragraph in paragraphs:
-        if len(documents[-1]) >= num_chars:
-            documents.append("")
-        documents[-1] += ("\n\n" if documents[-1] else "") + paragraph
-    return documents
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- tokenizer, base model
@@ -270,7 +176,7 @@ def prepare(directory: Path, settings: Settings) -> None:
     stopped at any point has no manifest and is done again.
     """
     topics = load_topics()
-    fingerprint = _digest(json.dumps([asdict(settings), sorted(topics.items())]))
+    fingerprint = digest(json.dumps([asdict(settings), sorted(topics.items())]))
     if _is_prepared(directory, fingerprint):
         print(f"reusing {directory} (text and settings unchanged)")
         return
@@ -339,93 +245,6 @@ def _is_prepared(directory: Path, fingerprint: str) -> bool:
     except (OSError, ValueError):
         return False
     return manifest.get("fingerprint") == fingerprint and all((directory / name).exists() for name in ARTIFACTS)
-
-
-# ---------------------------------------------------------------------------------------------------------- report
-
-
-def report(directory: Path, output_dir: Path) -> bool:
-    """Draw and print how the run in `output_dir` went; return whether the held-out loss fell."""
-    if not (directory / "manifest.json").is_file():
-        raise QuickstartError(f"{directory}/manifest.json: not there; run: python launch/quickstart.py prepare")
-    metrics = read_metrics(output_dir / "metrics.json")
-    adapter = output_dir / "adapter"
-    if not adapter.is_dir():
-        raise QuickstartError(f"{adapter}: no adapter there; the training run did not finish")
-    plot = draw_losses(metrics, output_dir / "loss.png")
-    base, adapted = metrics["eval_start"]["loss"], metrics["eval_end"]["loss"]
-    print(f"held-out loss   base {base:.3f} -> adapted {adapted:.3f} nats per token ({adapted / base - 1:+.1%})")
-    if not adapted < base:  # also true for NaN
-        print(f"the held-out loss did not fall: look at {plot}", file=sys.stderr)
-        return False
-    print(f"adapter         {adapter}")
-    print(f"plot            {plot}")
-    print(f"curves          tensorboard --logdir {output_dir / 'tensorboard'}")
-    print("next, with a real model: edit launch/recipes/llama3_8b_commonsense.yaml (model, data), then check it with")
-    print("                deepspeed launch/train.py --config launch/recipes/llama3_8b_commonsense.yaml --dry-run")
-    return True
-
-
-def read_metrics(path: Path) -> dict:
-    """Read the training run's metrics.json.
-
-    Raises:
-        QuickstartError: no such file, not JSON, or without the two held-out losses and a history.
-    """
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        float(metrics["eval_start"]["loss"]), float(metrics["eval_end"]["loss"])
-        complete = bool(metrics["history"])
-    except OSError:
-        raise QuickstartError(f"{path}: not there; the training run did not finish") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise QuickstartError(f"{path}: not a finished run's metrics ({type(error).__name__}: {error})") from None
-    if not complete:
-        raise QuickstartError(f"{path}: history is empty; the training run logged nothing")
-    return metrics
-
-
-def draw_losses(metrics: dict, path: Path) -> Path:
-    """Draw task loss and held-out levels (left), negative ELBO and its terms (right) over steps; return `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (task_axis, elbo_axis) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    history = metrics["history"]
-    _draw_series(task_axis, history, "loss/task", "training batches", color="tab:blue")
-    for key, label, color in (("eval_start", "base", "tab:red"), ("eval_end", "adapted", "tab:green")):
-        level = metrics[key]["loss"]
-        task_axis.axhline(level, linestyle="--", color=color, label=f"held-out, {label}: {level:.2f}")
-    task_axis.set(title="Task loss", xlabel="optimizer step", ylabel="cross-entropy, nats per completion token")
-    task_axis.set_ylim(bottom=0)
-
-    _draw_series(elbo_axis, history, "loss/neg_elbo", "negative ELBO", color="black", linewidth=2)
-    for key, label in (
-        ("elbo/nll", "reconstruction NLL (nats)"),
-        ("elbo/kl_z1", "KL of z1 (nats)"),
-        ("elbo/z1_sq", "mean z1²"),
-        ("elbo/z2_sq", "mean (z2 − prior mean)²"),
-    ):
-        _draw_series(elbo_axis, history, key, label)
-    # Linear around zero, logarithmic beyond: the reconstruction is hundreds of nats and may be negative.
-    elbo_axis.set_yscale("symlog", linthresh=1.0)
-    elbo_axis.set(title="Side loss and its terms", xlabel="optimizer step", ylabel="per token, mean over layers")
-    for axis in (task_axis, elbo_axis):
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)  # below the panel
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
-def _draw_series(axis, history: list[dict], key: str, label: str, **style) -> None:
-    """Plot the entries of `history` that have `key`; a key that no entry has (another adapter type) is left out."""
-    points = [(entry["step"], entry[key]) for entry in history if key in entry]
-    if points:
-        axis.plot(*zip(*points, strict=True), label=label, **style)
 
 
 # --------------------------------------------------------------------------------------------------------- command
