@@ -177,6 +177,8 @@ def test_checkpointing_changes_no_bit(name, enable):
     next(m for m in model.modules() if isinstance(m, FVAELinear)).register_forward_hook(lambda *_: calls.append(1))
     if enable == "gradient_checkpointing_enable":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif not hasattr(model, enable):
+        pytest.skip("transformers < 5.23 has gradient_checkpointing_enable alone")
     else:
         model.activation_checkpointing_enable()
     checkpointed = step(model, ids)
