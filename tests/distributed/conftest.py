@@ -96,7 +96,7 @@ def _start(folder: Path, rank: int) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         # ninja, for DeepSpeed's operator, lies beside the interpreter.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         # Freed weights go back to the system at once: what is resident is what is held.
