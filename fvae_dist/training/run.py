@@ -229,7 +229,10 @@ def _use_cpu(recipe: Recipe) -> bool:
     stated = recipe.training.use_cpu
     if stated is False and not torch.cuda.is_available():
         raise RecipeError("training.use_cpu: false, but there is no CUDA device here")
-    return not torch.cuda.is_available() if stated is None else stated
+    if stated is None:
+        # DeepSpeed was told so: its half of the run would not touch a GPU.
+        return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    return stated
 
 
 def _check_liger(recipe: Recipe, use_cpu: bool) -> None:

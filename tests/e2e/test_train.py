@@ -55,7 +55,7 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("launch", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    steps = ["--set", "training.max_steps=24", "--set", "training.save_steps=12"]
+    steps = ["--set", "training.max_steps=36", "--set", "training.save_steps=18"]
     output = run(["bash", "launch/quickstart.sh", "--fast", *steps], folder)
     (folder / "quickstart.log").write_text(output)
     return folder
