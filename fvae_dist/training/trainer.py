@@ -39,7 +39,8 @@ class FVAETrainerMixin(_TrainerBase):
     elbo/kl_z1, elbo/z1_sq, elbo/z2_sq, elbo/active_units, perf/tokens_per_s_per_gpu.
 
     Raises:
-        ValueError: reentrant gradient checkpointing was asked for: it would silently drop the side loss's gradient.
+        ValueError: reentrant gradient checkpointing was asked for: it would silently drop the side loss's gradient; or
+            ddp_find_unused_parameters: DDP would take the decoder for unused.
         NonFiniteLossError: during training, on all ranks, with step, ranks and records.
     """
 
@@ -51,6 +52,7 @@ class FVAETrainerMixin(_TrainerBase):
                     f"{name}={{'use_reentrant': True}} is refused: reentrant checkpointing silently drops the side "
                     "loss's gradient; non-reentrant is the default"
                 )
+        _keep_ddp_from_guessing(trainer_args)
         super().__init__(*args, **kwargs)
         self.model: torch.nn.Module
         self._use_non_reentrant_checkpointing()
@@ -226,6 +228,18 @@ class _LogWindow:
 
 # transformers 5.23 renamed the argument and keeps the old name as an alias.
 _CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+
+def _keep_ddp_from_guessing(trainer_args: Any) -> None:
+    """torch's DDP must wait for every adapter gradient.
+
+    Looking for unused parameters, it walks back from the model's output, does not meet decoder and encoder 2, whose
+    gradients come by the side loss alone, and fails when they arrive.
+    """
+    if getattr(trainer_args, "ddp_find_unused_parameters", None):
+        raise ValueError("ddp_find_unused_parameters=True is refused: DDP would take the VAE's decoder for unused")
+    if trainer_args is not None:
+        trainer_args.ddp_find_unused_parameters = False
 
 
 def _treat_vaes_as_leaves(model: torch.nn.Module) -> None:

@@ -30,6 +30,8 @@ SCENARIOS = (
     "plain_zero3",
     "plain_zero3_accumulation",
     "plain_zero2_accumulation",
+    "sft_ddp",
+    "plain_ddp_accumulation",
     "offload",
     "five_steps",
     "hundred_steps",

@@ -8,6 +8,7 @@ find each other through a file, so that no port can be taken.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import time
@@ -68,21 +69,28 @@ class Watch(TrainerCallback):
         self.facts: dict[str, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        engine, model = self.trainer.deepspeed, self.trainer.model
-        step = engine.step
+        engine, model = getattr(self.trainer, "deepspeed", None), self.trainer.model
+        if engine is not None:
+            step = engine.step
 
-        def read_then_step(*step_args, **step_kwargs):
-            if not self.gradients:
-                for name, parameter in trainable(model).items():
-                    self.gradients[name] = safe_get_full_grad(parameter).clone()
-            return step(*step_args, **step_kwargs)
+            def read_then_step(*step_args, **step_kwargs):
+                self.read(safe_get_full_grad)
+                return step(*step_args, **step_kwargs)
 
-        engine.step = read_then_step
+            engine.step = read_then_step
         self.facts["start"] = whole(trainable(model))
         self.facts["frozen"] = whole(frozen(model))
         self.facts["seed_draw"] = torch.randn(4)
         functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
         self.facts["checkpointing"] = [function.keywords for function in functions if function is not None]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if getattr(self.trainer, "deepspeed", None) is None:
+            self.read(lambda parameter: parameter.grad)
+
+    def read(self, gradient_of: Any) -> None:
+        if not self.gradients:
+            self.gradients = {name: gradient_of(p).clone() for name, p in trainable(self.trainer.model).items()}
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -125,9 +133,14 @@ class Run:
             "callbacks": (),
         } | settings
 
-    def deepspeed_config(self) -> dict[str, Any]:
-        """The project's own configuration; all weights of the tiny model are sharded, none is kept whole."""
+    def deepspeed_config(self) -> dict[str, Any] | None:
+        """The project's own configuration; all weights of the tiny model are sharded, none is kept whole.
+
+        None for stage None: torch's DDP.
+        """
         s = self.settings
+        if s["stage"] is None:
+            return None
         sections = {
             "model": {"name_or_path": str(self.folder / "model"), "dtype": s["dtype"]},
             "data": {"train": [{"path": "unused"}]},
@@ -155,6 +168,7 @@ class Run:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the scenario before may have set it
         values = {
             "output_dir": str(self.output),
             "deepspeed": self.deepspeed_config(),
@@ -215,7 +229,8 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         trainer = self.trainer
-        masters = {name: safe_get_full_fp32_param(p) for name, p in trainable(trainer.model).items()}
+        engine = getattr(trainer, "deepspeed", None)
+        masters = {name: safe_get_full_fp32_param(p) for name, p in trainable(trainer.model).items() if engine}
         from deepspeed.runtime.zero import parameter_offload
 
         return {
@@ -228,7 +243,7 @@ class Run:
             "log": trainer.state.log_history,
             "seen": trainer.seen,
             "forward_stack": len(parameter_offload.FWD_MODULE_STACK),
-            "stage": trainer.deepspeed.zero_optimization_stage(),
+            "stage": engine.zero_optimization_stage() if engine else None,
         }
 
     def close(self) -> None:
@@ -452,6 +467,10 @@ SCENARIOS: dict[str, Any] = {
     "plain_zero3": lambda folder: gradients(folder, trainer=Plain, micro_batch=4),
     "plain_zero3_accumulation": lambda folder: gradients(folder, trainer=Plain, accumulation=2, checkpointing=False),
     "plain_zero2_accumulation": lambda folder: gradients(folder, trainer=Plain, stage=2, accumulation=4, micro_batch=1),
+    "sft_ddp": lambda folder: gradients(folder, stage=None, micro_batch=4),
+    "plain_ddp_accumulation": lambda folder: gradients(
+        folder, trainer=Plain, stage=None, accumulation=2, checkpointing=False
+    ),
     "offload": lambda folder: gradients(folder, config="zero3_cpu_offload.json", micro_batch=4),
     "five_steps": five_steps,
     "hundred_steps": hundred_steps,
