@@ -138,12 +138,17 @@ class FVAETrainerMixin(_TrainerBase):
         num_tokens = self._step_tokens if self._step_tokens is not None else collected.num_tokens
         factor = self.accelerator.num_processes / self._share(num_items_in_batch)
         side = collected.neg_elbo_sum * factor / num_tokens.clamp(min=1)
-        task_weight = self._fvae_layers[0].fvae_config[self._active_fvae_adapter()].task_weight
-        return task_weight * task + side.to(task.device), side
+        return self._task_weight() * task + side.to(task.device), side
 
-    def _active_fvae_adapter(self) -> str:
-        layer = self._fvae_layers[0]
-        return next(name for name in layer.active_adapters if name in layer.fvae_config)
+    def _task_weight(self) -> float:
+        """Of the active adapter; not every adapter has every layer."""
+        active = (
+            layer.fvae_config[name]
+            for layer in self._fvae_layers
+            for name in layer.active_adapters
+            if name in layer.fvae_config
+        )
+        return next(active).task_weight
 
     def _share(self, num_items_in_batch) -> float:
         """What the trainer will multiply a micro-batch's loss by: 1 if it is normalised over the step already."""
