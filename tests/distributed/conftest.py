@@ -14,32 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.tiny import write_large_model, write_model
+from tests.distributed.tiny import GRADIENT_SCENARIOS, write_large_model, write_model
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 480  # ~70 s on two free cores; the first run on a machine compiles a DeepSpeed operator for ~90 s
 NUM_RANKS = 2
 SCENARIOS = (
     "loading",
-    "sft_zero3",
-    "sft_zero3_accumulation",
-    "sft_zero3_no_checkpointing",
-    "sft_zero2",
-    "sft_zero2_accumulation",
-    "sft_zero0_accumulation",
-    "plain_zero3",
-    "plain_zero3_accumulation",
-    "plain_zero2_accumulation",
-    "sft_ddp",
-    "plain_ddp_accumulation",
-    "offload",
+    *GRADIENT_SCENARIOS,
     "five_steps",
     "hundred_steps",
     "unsafe_precision",
     "resume",
     "lora",
     "half_precision",
-    "hpz",
     "non_finite",  # last: it ends the processes
 )
 

@@ -16,25 +16,10 @@ from trl import SFTConfig, SFTTrainer
 from fvae_dist import FVAETrainerMixin, side_loss
 from fvae_dist.training.checkpoints import what_is_missing
 from fvae_dist.training.saving import ADAPTER_FILE
-from tests.distributed.tiny import attach, fixed_noise, load, pad_rows, rows
+from tests.distributed.tiny import GRADIENT_SCENARIOS, attach, fixed_noise, load, pad_rows, rows
 
 pytestmark = pytest.mark.distributed
 
-GRADIENT_SCENARIOS = (
-    "sft_zero3",
-    "sft_zero3_accumulation",
-    "sft_zero3_no_checkpointing",
-    "sft_zero2",
-    "sft_zero2_accumulation",
-    "sft_zero0_accumulation",
-    "plain_zero3",
-    "plain_zero3_accumulation",
-    "plain_zero2_accumulation",
-    "sft_ddp",
-    "plain_ddp_accumulation",
-    "offload",
-    "hpz",
-)
 RTOL = 1e-5  # fp32: sums over tokens and ranks are added in another order
 
 

@@ -16,6 +16,22 @@ from fvae_dist import FVAELoraConfig
 from fvae_dist.adapter import vae
 
 VOCABULARY = 64
+# Layouts of the same global batch, each compared with one process; their settings stand in worker.SCENARIOS.
+GRADIENT_SCENARIOS = (
+    "sft_zero3",
+    "sft_zero3_accumulation",
+    "sft_zero3_no_checkpointing",
+    "sft_zero2",
+    "sft_zero2_accumulation",
+    "sft_zero0_accumulation",
+    "plain_zero3",
+    "plain_zero3_accumulation",
+    "plain_zero2_accumulation",
+    "sft_ddp",
+    "plain_ddp_accumulation",
+    "offload",
+    "hpz",
+)
 ADAPTER = {
     "r": 4,
     "lora_alpha": 8,
