@@ -1,6 +1,7 @@
 """Tiny random causal language models of the architectures that the tests run on."""
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fvae_dist import FVAELoraConfig
@@ -54,3 +55,14 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
 def token_ids(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
     """Random token ids (batch, length), none of them special."""
     return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class LayerModel(nn.Module):
+    """A model of one layer, for `side_loss.collect`."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)

@@ -85,11 +85,11 @@ def size_for_adapter(config: dict[str, Any], trainable_sizes: list[int], base_si
     """
     zero = config["zero_optimization"]
     largest = max(trainable_sizes)
-    matrices = [size for size in base_sizes if size > largest]
     if zero.get("stage3_param_persistence_threshold") == "auto":
-        # Adapters whole on every rank, base matrices sharded; where they overlap in size, sharding wins.
-        fits = bool(matrices) and min(matrices) > largest
-        zero["stage3_param_persistence_threshold"] = largest + 1 if fits else 100_000
+        # Adapters stay whole on every rank, and with them whatever of the base is smaller: norms, and in a tiny model
+        # some matrices. Where that would be the whole base, DeepSpeed's own default stands.
+        threshold = largest + 1
+        zero["stage3_param_persistence_threshold"] = threshold if max(base_sizes) >= threshold else 100_000
     if zero.get("reduce_bucket_size") == "auto":
         # The default of 5e8 elements is a 2 GB buffer for a few million adapter gradients.
         zero["reduce_bucket_size"] = max(largest, min(sum(trainable_sizes), 50_000_000))

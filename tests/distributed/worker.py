@@ -219,10 +219,13 @@ class Run:
             self.trainer.add_callback(callback)
         return self.trainer
 
-    def train(self, resume: str | None = None) -> dict[str, Any]:
+    def train(self, resume: str | None = None, save: bool = False) -> dict[str, Any]:
+        """Build, train, on request save to out/NAME/adapter, and forget; returns `results`."""
         trainer = self.build()
         try:
             trainer.train(resume_from_checkpoint=resume)
+            if save:
+                trainer.save_model(str(self.output / "adapter"))
             return self.results()
         finally:
             self.close()
@@ -357,13 +360,7 @@ def hundred_steps(folder: Path) -> dict[str, Any]:
         adapter={"layers_to_transform": [1]},
         arguments={"logging_steps": 100},
     )
-    trainer = run.build()
-    try:
-        trainer.train()
-        trainer.save_model(str(run.output / "adapter"))
-        return run.results()
-    finally:
-        run.close()
+    return run.train(save=True)
 
 
 def unsafe_precision(folder: Path) -> dict[str, Any]:
@@ -407,13 +404,7 @@ def resume(folder: Path) -> dict[str, Any]:
 
 def lora(folder: Path) -> dict[str, Any]:
     run = Run(folder, "lora", dtype="bfloat16", steps=3, num_rows=12, lora=True)
-    trainer = run.build()
-    try:
-        trainer.train()
-        trainer.save_model(str(run.output / "adapter"))
-        return run.results()
-    finally:
-        run.close()
+    return run.train(save=True)
 
 
 def half_precision(folder: Path) -> dict[str, Any]:

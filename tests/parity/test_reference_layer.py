@@ -10,6 +10,7 @@ from torch import nn
 
 from fvae_dist import FVAELoraConfig, side_loss
 from fvae_dist.adapter import FVAELinear
+from tests.models import LayerModel
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "index.json").read_text())
@@ -57,16 +58,7 @@ def reference_name(name: str) -> str:
     return name
 
 
-class _Model(nn.Module):
-    def __init__(self, layer: FVAELinear):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def build(case: dict, tensors: dict[str, torch.Tensor]) -> _Model:
+def build(case: dict, tensors: dict[str, torch.Tensor]) -> LayerModel:
     linear = nn.Linear(case["in_features"], case["out_features"], bias=False)
     layer = FVAELinear(linear, "default", config_of(case)).double()
     trunk = "trunk.linears." if case["encoder_use_common_hidden_layer"] else "mean_trunk."
@@ -75,7 +67,7 @@ def build(case: dict, tensors: dict[str, torch.Tensor]) -> _Model:
         for name, parameter in layer.named_parameters():
             if not name.startswith("base_layer"):
                 parameter.copy_(tensors["in/" + _key(name, trunk)])
-    return _Model(layer)
+    return LayerModel(layer)
 
 
 def _key(name: str, trunk: str) -> str:

@@ -11,6 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from fvae_dist import FVAELoraConfig, side_loss
 from fvae_dist.adapter import FVAELinear
+from tests.models import LayerModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 BF16_RTOL = 1.6e-2
@@ -20,16 +21,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
 
 
-class _Model(nn.Module):
-    def __init__(self, layer: FVAELinear):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def run_layer(model: _Model, x: torch.Tensor, noise: list[torch.Tensor], monkeypatch) -> dict[str, torch.Tensor]:
+def run_layer(model: LayerModel, x: torch.Tensor, noise: list[torch.Tensor], monkeypatch) -> dict[str, torch.Tensor]:
     draws = iter(noise)
     monkeypatch.setattr(torch, "randn_like", lambda like: next(draws).to(like))
     x = x.detach().clone().requires_grad_(True)
@@ -44,7 +36,7 @@ def run_layer(model: _Model, x: torch.Tensor, noise: list[torch.Tensor], monkeyp
 def test_layer_bf16_matches_float64(num_tokens, monkeypatch):
     torch.manual_seed(0)
     config = FVAELoraConfig(encoder_dropout=0.0, decoder_dropout=0.0)
-    model = _Model(FVAELinear(nn.Linear(1024, 512), "default", config)).cuda()
+    model = LayerModel(FVAELinear(nn.Linear(1024, 512), "default", config)).cuda()
     with torch.no_grad():
         for parameter in model.layer.fvae_vae.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
