@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
 from peft import PeftConfig
 
 from fvae_dist.adapter.registration import add_peft_type
+
+# Weights that do not enter an objective; setting one of them is a mistake worth a warning.
+UNUSED_WEIGHTS = {
+    "official": ("factorization_weight",),
+    "paper": ("z1_weight", "z2_weight"),
+    "vae2lat": ("reconstruction_weight", "kl_weight", "z1_weight", "z2_weight", "factorization_weight"),
+    "beta_vae2lat": ("z1_weight", "z2_weight", "factorization_weight"),
+}
 
 
 # ruff: noqa: RUF009 - `_field` only makes a dataclass field.
@@ -50,16 +59,21 @@ class FVAELoraConfig(PeftConfig):
     latent_fusion: Literal["concat", "average"] = _field("concat", "What the decoder reads of z1 and z2.")
     z2_prior_mean: float = _field(1.5, "Mean of z2's prior, in every dimension.")
     z2_prior_std: float = _field(1.0, "Standard deviation of z2's prior.")
-    objective: Literal["official", "paper", "vae2lat", "beta_vae2lat"] = _field("official", "Form of the objective.")
-    task_weight: float = _field(1000.0, "Weight of the task loss.")
-    reconstruction_weight: float = _field(1.0, "Weight of the reconstruction term nll.")
-    kl_weight: float = _field(1.0, "Weight of KL(q1 || N(0, I)).")
+    objective: Literal["official", "paper", "vae2lat", "beta_vae2lat"] = _field(
+        "official", "Form of the objective: the reference code's, the paper's, or one of the paper's two ablations."
+    )
+    task_weight: float = _field(1000.0, "Weight of the task loss; the paper's lambda is 1 / task_weight.")
+    reconstruction_weight: float = _field(1.0, "Weight of the reconstruction term nll (the paper's alpha).")
+    kl_weight: float = _field(1.0, "Weight of KL(q1 || N(0, I)) (the paper's beta); beta_vae2lat: of both KL terms.")
     z1_weight: float = _field(1.0, "official: weight of -mean(z1^2).")
     z2_weight: float = _field(1.0, "official: weight of mean((z2 - z2_prior_mean)^2).")
     factorization_weight: float = _field(0.1, "paper: weight delta of the factorising term Gamma.")
-    side_loss_reduction: Literal["mean", "sum"] = _field("mean", "How the layers' negative ELBOs are combined.")
+    side_loss_reduction: Literal["mean", "sum"] = _field(
+        "mean", "How the layers' negative ELBOs are combined (the reference: mean; the paper: sum)."
+    )
     detach_input: bool = _field(False, "Stop the side loss's gradient into the layer's input.")
     kernel: Literal["auto", "torch", "fused"] = _field("auto", "Implementation of the adapter's operations.")
+    inference_only: bool = _field(False, "Encoder 1 and B alone, as saved for use without training.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +85,7 @@ class FVAELoraConfig(PeftConfig):
         self._check_sizes()
         self._check_choices()
         self._check_numbers()
+        self._check_objective()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -106,13 +121,9 @@ class FVAELoraConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("encoder_shared_trunk", "detach_input"):
+        for name in ("encoder_shared_trunk", "detach_input", "inference_only"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.objective != "official":
-            raise ValueError(f"objective {self.objective!r} is not available in this version; use 'official'")
-        if self.detach_input:
-            raise ValueError("detach_input is not available in this version")
         if self.kernel == "fused":
             raise ValueError("kernel 'fused' is not available in this version; use 'auto' or 'torch'")
 
@@ -131,6 +142,26 @@ class FVAELoraConfig(PeftConfig):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
         if not _is_number(self.z2_prior_mean):
             raise ValueError(f"z2_prior_mean must be a number, got {self.z2_prior_mean!r}")
+
+    def _check_objective(self) -> None:
+        """Per dimension of z1 the objective holds (beta - delta) / 2 mean^2: at delta >= beta nothing bounds it."""
+        reason = (
+            "the KL term no longer outweighs what the factorising term gains by pushing z1 away from 0, so that the "
+            "objective has no floor in z1 but for the task and the reconstruction"
+        )
+        if self.objective == "paper":
+            delta, beta = self.factorization_weight, self.kl_weight
+            if delta > beta:
+                raise ValueError(f"factorization_weight {delta:g} > kl_weight {beta:g}: {reason}")
+            if delta == beta and delta > 0:
+                warnings.warn(f"factorization_weight {delta:g} = kl_weight {beta:g}: {reason}", stacklevel=4)
+        if self.objective == "official" and 2 * self.z1_weight / self.r > self.kl_weight:
+            # The reference takes such settings, so they stay possible.
+            warnings.warn(f"2 z1_weight / r > kl_weight {self.kl_weight:g}: {reason}", stacklevel=4)
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        ignored = [name for name in UNUSED_WEIGHTS[self.objective] if getattr(self, name) != defaults[name]]
+        if ignored:
+            warnings.warn(f"objective {self.objective!r} does not use {', '.join(ignored)}", stacklevel=4)
 
 
 def _is_number(value: object) -> bool:

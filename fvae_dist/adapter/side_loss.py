@@ -24,9 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fvae_dist.adapter.objective import TokenTerms, wide
+from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.noise import (
+    GENERATOR,
+    GeneratorNoise,
+    LayerNoise,
+    TokenNoise,
+    draw_ticket,
+    in_backward,
+    recall,
+    remember,
+)
+from fvae_dist.adapter.telemetry import TokenStatistics, sums_over_tokens, terms_from_sums
 
-ACTIVE_VARIANCE = 0.01
 _open_collectors: list[Collector] = []
 _warned_uncollected = False
 
@@ -37,7 +47,7 @@ class _Entry:
 
     name: str
     adapter: str
-    reduction: str
+    config: FVAELoraConfig
     # (negative ELBO per token, mask) of each forward, as the layer gave them: a layer reports from inside a
     # checkpointed region, where multiplying them would save tensors that recomputation does not save again.
     reports: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -52,8 +62,8 @@ class _Entry:
     def num_tokens(self) -> Tensor:
         return torch.stack([mask.sum() for _, mask in self.reports]).sum()
 
-    def add(self, key: str, value: Tensor) -> None:
-        self.sums[key] = self.sums[key] + value if key in self.sums else value
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        self.sums = {key: self.sums[key] + value if self.sums else value for key, value in sums.items()}
 
 
 class Collector:
@@ -62,16 +72,17 @@ class Collector:
     Attributes after the block (all sums and means run over the tokens that count, fp32):
         neg_elbo: scalar, differentiable; per adapter the mean (or sum, `side_loss_reduction`) over its layers of the
             token mean of the negative ELBO.
-        terms: name -> detached (L,) tensor, L reporting layers in model order: nll, kl_z1, z1_sq, z2_sq, neg_elbo
-            (token means) and active_z1 (dimensions of z1 whose mean varies over tokens by more than 0.01).
-        layer_names: the L module names.
+        terms: name -> detached (L,) tensor, L reporting layers in model order, see `telemetry.terms_from_sums`:
+            nll, kl_z1, z1_sq, z2_sq, neg_elbo, gamma, wasserstein, active_z1, active_z2, r2, clamped.
+        layer_names, layer_configs: the L module names, and their adapters' configurations.
         num_tokens: scalar tensor, tokens that counted.
     """
 
-    def __init__(self, model: nn.Module, token_mask: Tensor | None, with_terms: bool):
+    def __init__(self, model: nn.Module, token_mask: Tensor | None, with_terms: bool, noise: TokenNoise | None):
+        self.noise = noise
         self._mask = token_mask
         self._explicit_mask = token_mask is not None
-        self._with_terms = with_terms
+        self.with_terms = with_terms
         self._grad_enabled = torch.is_grad_enabled()
         self._names = {module: name for name, module in model.named_modules() if hasattr(module, "fvae_vae")}
         self._entries: dict[tuple[nn.Module, str], _Entry] = {}
@@ -101,12 +112,16 @@ class Collector:
         return [entry.name for entry in self._entries.values()]
 
     @property
+    def layer_configs(self) -> list[FVAELoraConfig]:
+        return [entry.config for entry in self._entries.values()]
+
+    @property
     def terms(self) -> dict[str, Tensor]:
         """Detached per-layer token means; see the class."""
         self._require_tokens()
-        if not self._with_terms:
+        if not self.with_terms:
             raise ValueError("terms were not kept: side_loss.collect was called with terms=False")
-        return terms_from_sums(self.sums())
+        return terms_from_sums(self.sums(), self.layer_configs)
 
     def sums(self) -> dict[str, Tensor]:
         """Detached per-layer sums over tokens (L, ...), additive over micro-batches and ranks; `num_tokens` (L,)."""
@@ -124,7 +139,7 @@ class Collector:
         totals = []
         for entries in groups.values():
             stacked = torch.stack([per_layer(entry) for entry in entries])
-            totals.append(stacked.sum() if entries[0].reduction == "sum" else stacked.mean())
+            totals.append(stacked.sum() if entries[0].config.side_loss_reduction == "sum" else stacked.mean())
         return torch.stack(totals).sum()
 
     def _require_reports(self) -> None:
@@ -156,8 +171,11 @@ class Collector:
     def accepts(self, layer: nn.Module) -> bool:
         return layer in self._names
 
-    def add(self, layer: Any, adapter: str, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
-        """Take one layer's report: neg_elbo and terms (...), mean1 (..., R)."""
+    def name_of(self, layer: nn.Module) -> str:
+        return self._names[layer]
+
+    def add(self, layer: Any, adapter: str, neg_elbo: Tensor, statistics: TokenStatistics | None) -> None:
+        """Take one layer's report: neg_elbo (...), one value a token."""
         name = self._names[layer]
         trainable = any(parameter.requires_grad for parameter in layer.fvae_vae[adapter].parameters())
         if self._grad_enabled and trainable and not neg_elbo.requires_grad:
@@ -168,11 +186,10 @@ class Collector:
         mask = self._mask_for(name, neg_elbo)
         entry = self._entries.get((layer, adapter))
         if entry is None:
-            reduction = layer.fvae_config[adapter].side_loss_reduction
-            entry = self._entries[(layer, adapter)] = _Entry(name, adapter, reduction)
+            entry = self._entries[(layer, adapter)] = _Entry(name, adapter, layer.fvae_config[adapter])
         entry.reports.append((neg_elbo, mask))
-        if self._with_terms:
-            _add_terms(entry, mask, neg_elbo, terms, mean1)
+        if statistics is not None:
+            entry.add_sums(sums_over_tokens(statistics, mask))
 
     def _mask_for(self, name: str, values: Tensor) -> Tensor:
         if self._mask is None:
@@ -193,32 +210,14 @@ def _argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(name)
 
 
-@torch.no_grad()
-def _add_terms(entry: _Entry, mask: Tensor, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
-    for key, value in {**terms._asdict(), "neg_elbo": neg_elbo}.items():
-        entry.add(key, (value.detach() * mask).sum())
-    mean1 = wide(mean1.detach()).reshape(-1, mean1.shape[-1])
-    weights = mask.reshape(-1, 1)
-    entry.add("mean1", (mean1 * weights).sum(0))
-    entry.add("mean1_sq", (mean1.square() * weights).sum(0))
-
-
 def _stack_padded(values: list[Tensor]) -> Tensor:
     return pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
 
 
-def terms_from_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Per-layer token means (L,) from `Collector.sums` (added up over micro-batches and ranks as needed)."""
-    num_tokens = sums["num_tokens"].clamp(min=1)
-    terms = {key: value / num_tokens for key, value in sums.items() if value.dim() == 1 and key != "num_tokens"}
-    mean = sums["mean1"] / num_tokens[:, None]
-    variance = sums["mean1_sq"] / num_tokens[:, None] - mean.square()
-    terms["active_z1"] = (variance > ACTIVE_VARIANCE).sum(-1).to(mean.dtype)
-    return terms
-
-
 @contextmanager
-def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = True) -> Iterator[Collector]:
+def collect(
+    model: nn.Module, token_mask: Tensor | None = None, terms: bool = True, noise: TokenNoise | None = None
+) -> Iterator[Collector]:
     """Collect the side loss of every forward of `model` inside the block.
 
     Args:
@@ -226,6 +225,7 @@ def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = Tr
         token_mask: 1 for tokens that count, the shape of input_ids; default: the 2-D `attention_mask` that the forward
             of `model` receives, all tokens without one.
         terms: also keep the detached terms; False saves their small cost.
+        noise: layout-independent noise of the one batch that runs inside; default: torch's generator.
 
     Yields:
         A `Collector`, to be read after the forward.
@@ -234,7 +234,7 @@ def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = Tr
         RuntimeError: a layer's side loss has no gradient though it should (reentrant checkpointing).
         ValueError: mask and layer disagree on the number of tokens.
     """
-    collector = Collector(model, token_mask, terms)
+    collector = Collector(model, token_mask, terms, noise)
     # The forward of the model inside a PeftModel names its arguments, which PEFT's *args do not.
     entrance: Any = model
     if hasattr(model, "get_base_model"):
@@ -248,15 +248,38 @@ def collect(model: nn.Module, token_mask: Tensor | None = None, terms: bool = Tr
         hook.remove()
 
 
-def report(layer: nn.Module, adapter: str, neg_elbo: Tensor, terms: TokenTerms, mean1: Tensor) -> None:
-    """Called by an adapted layer in training mode, once a forward; recomputation reports to nobody."""
-    if torch._C._current_graph_task_id() != -1:
-        return
-    for collector in reversed(_open_collectors):
-        if collector.accepts(layer):
-            collector.add(layer, adapter, neg_elbo, terms, mean1)
+class LayerForward:
+    """What a layer in training mode needs to know of its forward, first or recomputed, and whom to report to.
+
+    `noise`: where its randomness comes from. `with_statistics`: whether somebody will read them.
+    """
+
+    def __init__(self, layer: nn.Module, adapter: str, num_tokens: int):
+        self._layer, self._adapter = layer, adapter
+        self._ticket = draw_ticket()
+        self._collector: Collector | None = None
+        self._is_recomputation = in_backward()
+        self.noise: GeneratorNoise | LayerNoise = GENERATOR
+        if self._is_recomputation:
+            self.noise = recall(self._ticket)
+        else:
+            self._collector = next((c for c in reversed(_open_collectors) if c.accepts(layer)), None)
+            if self._collector is not None and self._collector.noise is not None:
+                name = f"{self._collector.name_of(layer)}/{adapter}"
+                self.noise = self._collector.noise.of_layer(name, num_tokens)
+        self.with_statistics = self._collector is not None and self._collector.with_terms
+
+    def report(self, z1: Tensor, neg_elbo: Tensor, *statistics: Tensor) -> None:
+        """Hand over what the VAE returned. Recomputation reports to nobody."""
+        if self._is_recomputation:
             return
-    _warn_uncollected(neg_elbo)
+        if isinstance(self.noise, LayerNoise):
+            remember(self._ticket, self.noise, (z1, neg_elbo))
+        if self._collector is None:
+            _warn_uncollected(neg_elbo)
+        else:
+            of_tokens = TokenStatistics(*statistics) if statistics else None
+            self._collector.add(self._layer, self._adapter, neg_elbo, of_tokens)
 
 
 def _warn_uncollected(neg_elbo: Tensor) -> None:

@@ -7,6 +7,7 @@ forward returns plain tensors: that is what ZeRO-3's gathering hooks need.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_dist.adapter.config import FVAELoraConfig
-from fvae_dist.adapter.objective import LOGVAR_LIMIT, diag_gaussian_nll, token_terms, wide
+from fvae_dist.adapter.noise import GENERATOR, GeneratorNoise, LayerNoise
+from fvae_dist.adapter.objective import LOGVAR_LIMIT, diag_gaussian_nll, neg_elbo, token_terms, wide, wide_dtype
+from fvae_dist.adapter.telemetry import token_statistics
 
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -56,12 +59,22 @@ class MLP(nn.Module):
         super().__init__()
         widths = [features_in] + [hidden] * num_layers
         self.linears = nn.ModuleList(CastLinear(a, b) for a, b in pairwise(widths))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., features_in) -> (..., hidden), fp32; only the first product runs in the dtype of x."""
-        for linear in self.linears:
-            x = self.dropout(F.relu(wide(linear(x))))
+    @property
+    def dropouts(self) -> list[tuple[int, float]]:
+        """(width, rate) of each hidden layer."""
+        return [(linear.out_features, self.dropout) for linear in self.linears]  # type: ignore[misc]
+
+    def forward(self, x: Tensor, keeps: Sequence[Tensor | None] | None = None) -> Tensor:
+        """(..., features_in) -> (..., hidden), fp32; only the first product runs in the dtype of x.
+
+        `keeps`: for each hidden layer what its dropout keeps, (..., hidden) boolean, or None for all.
+        """
+        for linear, keep in zip(self.linears, keeps or [None] * len(self.linears), strict=True):
+            x = F.relu(wide(linear(x)))
+            if keep is not None:
+                x = x * keep / (1 - self.dropout)
         return x
 
 
@@ -80,12 +93,17 @@ class Encoder(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def dropouts(self) -> list[tuple[int, float]]:
+        return self.trunk.dropouts + (self.logvar_trunk.dropouts if self.logvar_trunk else [])
+
+    def forward(self, x: Tensor, keeps: Sequence[Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
         """(..., D) -> mean and log-variance, each (..., R), fp32; the log-variance clamped to [-20, 20]."""
-        hidden = self.trunk(x)
+        depth = len(self.trunk.linears)
+        hidden = self.trunk(x, keeps and keeps[:depth])
         mean = wide(self.mean(hidden))
         if self.logvar_trunk is not None:
-            hidden = self.logvar_trunk(x)
+            hidden = self.logvar_trunk(x, keeps and keeps[depth:])
         return mean, wide(self.logvar(hidden)).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
     def mean_only(self, x: Tensor) -> Tensor:
@@ -105,34 +123,37 @@ class Decoder(nn.Module):
         self.output = CastLinear(width, in_features)
         self.scale = nn.Parameter(torch.ones(in_features))
 
-    def forward(self, z1: Tensor, z2: Tensor, x: Tensor) -> Tensor:
-        """Negative log-likelihood of x (..., D) given z1, z2 (..., R), nats per token: (...), fp32."""
+    @property
+    def dropouts(self) -> list[tuple[int, float]]:
+        return self.layers.dropouts
+
+    def forward(self, z1: Tensor, z2: Tensor, x: Tensor, keeps: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Given z1, z2 (..., R): negative log-likelihood of x (..., D), nats per token, (...), fp32; xhat (..., D)."""
         z = torch.cat([z1, z2], dim=-1) if self.fusion == "concat" else (z1 + z2) / 2
-        xhat = self.output(self.layers(z).to(x.dtype))
+        xhat = self.output(self.layers(z, keeps).to(x.dtype))
         # |scale| equals the reference's scale wherever that one is defined, and cannot turn negative.
-        return diag_gaussian_nll(x, xhat, self.scale.abs() + 1e-5)
+        return diag_gaussian_nll(x, xhat, self.scale.abs() + 1e-5), xhat
 
 
-def sample(mean: Tensor, logvar: Tensor) -> Tensor:
-    """A draw from N(mean, exp(logvar)), differentiable in both.
-
-    The noise comes from torch's default generator, which checkpointing restores for recomputation; a private
-    generator would give different noise there, and silently wrong gradients.
-    """
-    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """A draw from N(mean, exp(logvar)), differentiable in both; eps ~ N(0, I), all (..., R)."""
+    return mean + (0.5 * logvar).exp() * eps
 
 
 class FactorizedVAE(Fp32Module):
-    """Encoders, sampling and decoder of one adapted layer."""
+    """Encoders, sampling and decoder of one adapted layer; encoder 1 alone where `config.inference_only`."""
 
     def __init__(self, in_features: int, config: FVAELoraConfig):
         super().__init__()
-        self.z2_prior_mean = config.z2_prior_mean
+        self.config = config
         self.encoder1 = Encoder(in_features, config)
-        self.encoder2 = Encoder(in_features, config)
-        self.decoder = Decoder(in_features, config)
+        if not config.inference_only:
+            self.encoder2 = Encoder(in_features, config)
+            self.decoder = Decoder(in_features, config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, noise: GeneratorNoise | LayerNoise = GENERATOR, with_statistics: bool = False
+    ) -> tuple[Tensor, ...]:
         """Training: sample both latents and decode. Evaluation: the mean of q1, and nothing else is computed.
 
         Everything goes through this one forward, so that ZeRO-3 may treat the module as a leaf: one gather and one
@@ -140,14 +161,41 @@ class FactorizedVAE(Fp32Module):
 
         Args:
             x: input of the adapted linear, (..., D), fp32 or 16 bit.
+            noise: where latents' noise and dropout come from.
+            with_statistics: also return what telemetry needs.
 
         Returns:
-            z1 (..., R); in training also the mean of q1 (..., R) and the fields of `TokenTerms`, each (...); all fp32.
+            z1 (..., R); in training also the negative ELBO per token (...), and on request the fields of
+            `TokenStatistics`, detached; all fp32.
         """
         if not self.training:
             return (self.encoder1.mean_only(x),)
-        mean1, logvar1 = self.encoder1(x)
-        mean2, logvar2 = self.encoder2(x)
-        z1, z2 = sample(mean1, logvar1), sample(mean2, logvar2)
-        terms = token_terms(self.decoder(z1, z2, x), z1, z2, mean1, logvar1, self.z2_prior_mean)
-        return z1, mean1, *terms
+        if self.config.inference_only:
+            raise ValueError(
+                "this adapter was saved with inference_only=True: encoder 2 and decoder are missing, so it cannot be "
+                "trained. Train from the full adapter, or call model.eval() to use this one."
+            )
+        draws, keeps1, keeps2, keeps_decoder = self._draw(x, noise)
+        q1 = self.encoder1(x, keeps1)
+        z1 = z1_side = sample(q1[0], q1[1], draws.eps1)
+        if self.config.detach_input:
+            # The task's gradient goes on into x, the side loss's does not: the same latents again, without x.
+            x = x.detach()
+            q1 = self.encoder1(x, keeps1)
+            z1_side = sample(q1[0], q1[1], draws.eps1)
+        q2 = self.encoder2(x, keeps2)
+        z2 = sample(q2[0], q2[1], draws.eps2)
+        nll, xhat = self.decoder(z1_side, z2, x, keeps_decoder)
+        terms = token_terms(nll, z1_side, z2, q1, q2, self.config)
+        loss = neg_elbo(terms, self.config)
+        if not with_statistics:
+            return z1, loss
+        return z1, loss, *token_statistics(terms, loss, q1, q2, x, xhat)
+
+    def _draw(self, x: Tensor, noise: GeneratorNoise | LayerNoise):
+        """All randomness at once: the noise of the latents, and what each dropout of the three networks keeps."""
+        parts = (self.encoder1.dropouts, self.encoder2.dropouts, self.decoder.dropouts)
+        like = torch.empty((*x.shape[:-1], self.config.r), dtype=wide_dtype(x.dtype), device=x.device)
+        draws = noise.draw(like, [dropout for part in parts for dropout in part])
+        keeps = iter(draws.keeps)
+        return draws, *([next(keeps) for _ in part] for part in parts)

@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from fvae_dist.training.checks import check_engine_precision, check_partitioned, check_trainable_parameters
+from fvae_dist.training.log_window import LOGGED_TERMS
 from fvae_dist.training.throughput import utilisation
 
 _RENAMED = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/lr"}
-_HISTOGRAMS = ("nll", "kl_z1", "z1_sq", "z2_sq", "active_z1")
 
 
 class StartupChecks(TrainerCallback):
-    """Before the first step: dtypes, sharding, and a noise stream of its own for every rank."""
+    """Before the first step: dtypes, sharding, and a random stream of its own for every rank."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -31,7 +31,7 @@ class StartupChecks(TrainerCallback):
             check_engine_precision(engine)
             if engine.zero_optimization_stage() == 3:
                 check_partitioned(self.trainer.model)
-        # transformers seeds every rank alike; ranks that draw the same noise for different tokens would correlate.
+        # For dropout of the base model: transformers seeds every rank alike. The adapters' noise is keyed by token.
         torch.manual_seed(args.seed + 1 + args.process_index)
 
 
@@ -135,8 +135,8 @@ class TensorBoardLogs(TrainerCallback):
                 tag = "eval/loss"
             if "/" in tag and isinstance(value, (int, float)):
                 self.writer.add_scalar(tag, value, state.global_step)
-        if self.histograms and "loss/neg_elbo" in logs:
-            for term in _HISTOGRAMS:
+        if self.histograms and "elbo/nll" in logs:
+            for term in LOGGED_TERMS.values():
                 self.writer.add_histogram(f"elbo_layers/{term}", self.trainer.layer_terms[term], state.global_step)
         self.writer.flush()
 

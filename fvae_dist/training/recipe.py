@@ -123,7 +123,12 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0: no clipping.")
     gradient_checkpointing: bool = Field(True, description="Recompute each decoder layer in the backward pass.")
     gradient_checkpointing_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Passed to torch.utils.checkpoint; use_reentrant: true is refused."
+        default_factory=dict,
+        description="Passed to torch.utils.checkpoint; use_reentrant: true is refused. selective: true keeps the "
+        "outputs of attention (not under ZeRO-3).",
+    )
+    side_loss_tokens: Literal["all", "labelled"] = Field(
+        "all", description="Tokens that count in the side loss: all real ones, or only those with a task-loss label."
     )
     use_liger_kernel: bool = Field(False, description="Liger's fused layers where the architecture has them (GPU).")
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
@@ -143,7 +148,12 @@ class TrainingSection(_Section):
     @field_validator("gradient_checkpointing_kwargs")
     @classmethod
     def _exact_checkpointing(cls, value: dict[str, Any]) -> dict[str, Any]:
-        known = {"use_reentrant": (False,), "preserve_rng_state": (True,), "determinism_check": ("default", "none")}
+        known = {
+            "use_reentrant": (False,),
+            "preserve_rng_state": (True,),
+            "determinism_check": ("default", "none"),
+            "selective": (True, False),
+        }
         for key, given in value.items():
             if key not in known:
                 raise ValueError(f"{key}: {unknown_key(key, list(known))}")
@@ -175,7 +185,15 @@ class LoggingSection(_Section):
 
     steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     tensorboard: bool = Field(True, description="Write TensorBoard events to OUTPUT_DIR/tensorboard.")
-    histograms: bool = Field(True, description="Per-layer ELBO terms as one histogram per term.")
+    telemetry: bool = Field(
+        True, description="ELBO terms, active units, R^2 of the logged steps, and warnings of collapsed latents."
+    )
+    histograms: bool = Field(True, description="Per-layer ELBO terms as one histogram per term (needs telemetry).")
+    gradient_split_every: int = Field(
+        0,
+        ge=0,
+        description="Every N steps log gradient norms of task and side loss apart (such a step costs 3).",
+    )
     peak_tflops: float | None = Field(
         None, gt=0, description="Peak of one device in TFLOP/s for MFU; default: known from its name (H100/H200: 989)."
     )

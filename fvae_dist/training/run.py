@@ -79,6 +79,8 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     use_cpu = _use_cpu(recipe)
     _check_liger(recipe, use_cpu)
     deepspeed = load_deepspeed_config(recipe, devices or _env_int("WORLD_SIZE", 1))
+    if training.gradient_checkpointing_kwargs.get("selective") and zero_stage(deepspeed) == 3:
+        raise RecipeError("training.gradient_checkpointing_kwargs: selective: TRL refuses it under ZeRO-3; use stage 2")
     attention, reason = choose_attention(recipe.model, use_cpu)
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -122,7 +124,13 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
     training, evaluation = recipe.training, recipe.evaluation
     stage = zero_stage(prepared.deepspeed)
     passed_on = training.model_dump(
-        exclude={"deepspeed", "use_cpu", "overwrite_output_dir", "gradient_checkpointing_kwargs"}
+        exclude={
+            "deepspeed",
+            "use_cpu",
+            "overwrite_output_dir",
+            "gradient_checkpointing_kwargs",
+            "side_loss_tokens",
+        }
     )
     return SFTConfig(
         **passed_on,
@@ -181,6 +189,9 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
         train_dataset=prepared.data.train,
         eval_dataset=prepared.data.eval,
         processing_class=prepared.tokenizer,
+        side_loss_tokens=recipe.training.side_loss_tokens,
+        telemetry=recipe.logging.telemetry,
+        gradient_split_every=recipe.logging.gradient_split_every,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))

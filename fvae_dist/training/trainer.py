@@ -4,13 +4,14 @@
 
     loss = task_weight * task_loss + side_loss
 
-The side loss is the token-weighted mean over every real (non-padding) token of the optimizer step: all micro-batches,
-all ranks. With an adapter of another PEFT type the mixin adds nothing to the loss and still counts, checks and saves.
+The side loss is the token-weighted mean over every token of the optimizer step that counts: all micro-batches, all
+ranks. Noise and dropout of the adapters are a function of seed, step, layer and token, so that a run does not depend on
+how it is laid out. With an adapter of another PEFT type the mixin adds nothing to the loss and still counts, checks and
+saves.
 """
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,21 @@ from peft import PeftModel
 from torch import Tensor
 
 from fvae_dist.adapter import FVAELinear, side_loss
-from fvae_dist.adapter.vae import FactorizedVAE
+from fvae_dist.adapter.noise import TokenNoise
+from fvae_dist.training.batches import (
+    COUNTED,
+    LENGTHS,
+    SideLossTokens,
+    WithLengths,
+    drop_fillers,
+    find_records,
+    token_mask_of,
+    unlabel_after_padding,
+)
+from fvae_dist.training.gradient_split import GradientSplit
+from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
 from fvae_dist.training.saving import save_adapter
+from fvae_dist.training.zero3 import drop_stale_forward_stack, treat_vaes_as_leaves
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase  # what the mixin is mixed into
@@ -35,16 +49,29 @@ class NonFiniteLossError(RuntimeError):
 class FVAETrainerMixin(_TrainerBase):
     """Mix in before the trainer class. Adds the side loss, the checks around it, fp32 adapter saving, and its logs.
 
-    Logged beside the trainer's own keys, every `logging_steps`: loss/total, loss/task, loss/neg_elbo, elbo/nll,
-    elbo/kl_z1, elbo/z1_sq, elbo/z2_sq, elbo/active_units, perf/tokens_per_s_per_gpu.
+    Logged beside the trainer's own keys, every `logging_steps`: loss/total, loss/task, loss/neg_elbo,
+    perf/tokens_per_s_per_gpu; with telemetry, of the step that is logged, `log_window.LOGGED_TERMS`.
+
+    Args (beside the trainer's, by keyword):
+        side_loss_tokens: "all" real tokens count in the side loss, or only those that are "labelled".
+        telemetry: log the ELBO's terms and warn of collapsed, runaway or clamped latents.
+        gradient_split_every: every so many steps also log gradient/{task,side}/{encoder1,encoder2,decoder,lora_B}, the
+            norms of the two losses' gradients; such a step costs three. 0: never.
 
     Raises:
         ValueError: reentrant gradient checkpointing was asked for: it would silently drop the side loss's gradient; or
-            ddp_find_unused_parameters: DDP would take the decoder for unused.
+            ddp_find_unused_parameters: DDP would take the decoder for unused; or an adapter that cannot be trained.
         NonFiniteLossError: during training, on all ranks, with step, ranks and records.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        side_loss_tokens: SideLossTokens = "all",
+        telemetry: bool = True,
+        gradient_split_every: int = 0,
+        **kwargs: Any,
+    ):
         trainer_args = kwargs.get("args", args[1] if len(args) > 1 else None)
         for name in _CHECKPOINTING_KWARGS:
             if (getattr(trainer_args, name, None) or {}).get("use_reentrant"):
@@ -56,15 +83,22 @@ class FVAETrainerMixin(_TrainerBase):
         super().__init__(*args, **kwargs)
         self.model: torch.nn.Module
         self._use_non_reentrant_checkpointing()
+        self._keep_selective_checkpointing()
         self._fvae_layers = [module for module in self.model.modules() if isinstance(module, FVAELinear)]
-        self._refuse_padded_packing()
+        self._refuse_inference_only()
+        self._prepare_collator()
         if self._zero3():
-            _treat_vaes_as_leaves(self.model)
+            treat_vaes_as_leaves(self.model)
         # Skipping non-finite losses in the logs would hide what _stop_if_not_finite stops at.
         self.args.logging_nan_inf_filter = False
+        self.side_loss_tokens: SideLossTokens = side_loss_tokens
+        self.telemetry = telemetry
+        self.gradient_split_every = gradient_split_every
         self._step_tokens: Tensor | None = None
-        self._window = _LogWindow()
+        self._window = LogWindow()
+        self._latent_warnings = LatentWarnings()
         self.layer_terms: dict[str, Tensor] = {}
+        self.layer_names: list[str] = []
 
     # ------------------------------------------------------------------------------------------------- set-up
 
@@ -78,14 +112,36 @@ class FVAETrainerMixin(_TrainerBase):
             if hasattr(self.args, name):
                 setattr(self.args, name, dict(settings))
 
+    def _keep_selective_checkpointing(self) -> None:
+        """TRL 1.16 patches the old name of the method that transformers 5.23 calls: what it asks for would be lost."""
+        enable = getattr(self.model, "gradient_checkpointing_enable", None)
+        if getattr(enable, "_is_sac_wrapped", False) and hasattr(self.model, "activation_checkpointing_enable"):
+
+            def activation_checkpointing_enable(activation_checkpointing_kwargs=None, **kwargs):
+                return enable(gradient_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs)
+
+            self.model.activation_checkpointing_enable = activation_checkpointing_enable  # type: ignore[assignment]
+
     def _zero3(self) -> bool:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return plugin is not None and plugin.zero_stage == 3
 
-    def _refuse_padded_packing(self) -> None:
+    def _prepare_collator(self) -> None:
         collator = self.data_collator
-        if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
+        if not getattr(collator, "padding_free", False):
+            return
+        if getattr(collator, "pad_to_multiple_of", None):
             raise ValueError("pad_to_multiple_of with packing: its padding cannot be told from tokens; leave it out")
+        self.data_collator = WithLengths(collator)
+
+    def _refuse_inference_only(self) -> None:
+        for layer in self._fvae_layers:
+            for name in layer.active_adapters:
+                if name in layer.fvae_config and layer.fvae_config[name].inference_only:
+                    raise ValueError(
+                        f"adapter {name!r} was saved with inference_only=True: encoder 2 and decoder are missing, so "
+                        "it cannot be trained; train from the full adapter"
+                    )
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """As the trainer's (no biases, no norms), and not the decoder's scale either: decay would sharpen it to 0."""
@@ -93,17 +149,33 @@ class FVAETrainerMixin(_TrainerBase):
 
     # ------------------------------------------------------------------------------------------------- the loss
 
-    def training_step(self, *args: Any, **kwargs: Any):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args: Any, **kwargs: Any):
+        num_items_in_batch = kwargs.get("num_items_in_batch", args[0] if args else None)
+        if self._fvae_layers and self.gradient_split_every:
+            self._split_gradient(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if self._zero3():
-            _drop_stale_forward_stack()
+            drop_stale_forward_stack()
         return loss
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """As the trainer's, but the rows that only fill up an epoch's last batch count for nothing."""
+        for inputs in batch_samples:
+            if getattr(self, "_loss_shifts_labels", True):
+                unlabel_after_padding(inputs)
+            inputs[COUNTED] = token_mask_of(inputs, self.side_loss_tokens)
+        loss_is_normalised = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        state = self.accelerator.gradient_state
+        if batch_samples and loss_is_normalised and state.end_of_dataloader and state.remainder > 0:
+            size = self.args.per_device_train_batch_size
+            drop_fillers(batch_samples[-1], min(max(state.remainder - self.args.process_index * size, 0), size))
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any):
-        """As the trainer's; also counts the real tokens of the whole optimizer step, on all ranks together."""
+        """As the trainer's; also counts the tokens of the whole optimizer step, on all ranks together."""
         samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         device = self.args.device
-        counts = [token_mask_of(inputs).sum().to(device) for inputs in samples]
+        counts = [inputs[COUNTED].sum().to(device) for inputs in samples]
         local = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
         self._step_tokens = self.accelerator.reduce(local.float(), reduction="sum")
         self._window.num_tokens = self._window.num_tokens + self._step_tokens
@@ -113,32 +185,50 @@ class FVAETrainerMixin(_TrainerBase):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """task_weight * task loss + side loss in training; the task loss alone in evaluation."""
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        result: Any
-        if not self._fvae_layers:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            task = total = result[0] if return_outputs else result
-        else:
-            mask = token_mask_of(inputs)
-            with side_loss.collect(self.model, token_mask=mask) as collected:
-                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            task = result[0] if return_outputs else result
-            total, side = self._add_side_loss(task, collected, num_items_in_batch)
-            self._window.add_side(side, collected.sums(), self._share(num_items_in_batch))
+            return super().compute_loss(model, _for_model(inputs), return_outputs, num_items_in_batch)
+        share = self._share(num_items_in_batch)
+        task, side, outputs = self._losses(model, inputs, num_items_in_batch, return_outputs, window=self._window)
+        total = task
+        if side is not None:
+            total = self._task_weight() * task + side
+            self._window.add_loss("loss/neg_elbo", side * share)
         self._stop_if_not_finite(total, inputs)
-        self._window.add_task(task, total, self._share(num_items_in_batch))
-        return (total, result[1]) if return_outputs else total
+        self._window.add_loss("loss/task", task * share)
+        self._window.add_loss("loss/total", total * share)
+        return (total, outputs) if return_outputs else total
 
-    def _add_side_loss(self, task: Tensor, collected: side_loss.Collector, num_items_in_batch) -> tuple[Tensor, Tensor]:
-        """Scale this micro-batch's side loss so that the step's gradient is that of the global token mean.
+    def _losses(
+        self, model, inputs, num_items_in_batch, return_outputs: bool = False, window: LogWindow | None = None
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """Task loss, side loss (None without FVAE-LoRA layers), outputs (if asked for) of a micro-batch, as scaled by
+        the trainer.
+
+        `window` receives the layers' terms where telemetry is due.
+        """
+        clean = _for_model(inputs)
+        if not self._fvae_layers:
+            result = super().compute_loss(model, clean, return_outputs, num_items_in_batch)
+            return (result[0], None, result[1]) if return_outputs else (result, None, None)
+        mask = inputs[COUNTED] if COUNTED in inputs else token_mask_of(inputs, self.side_loss_tokens)
+        with_terms = window is not None and self.telemetry and self._will_log()
+        noise = TokenNoise(clean, seed=self.args.seed, step=self.state.global_step)
+        with side_loss.collect(self.model, token_mask=mask, terms=with_terms, noise=noise) as collected:
+            result = super().compute_loss(model, clean, return_outputs, num_items_in_batch)
+        task, outputs = result if return_outputs else (result, None)
+        if window is not None and with_terms:
+            self.layer_names = collected.layer_names
+            window.add_sums(collected.sums(), collected.layer_configs)
+        return task, self._side_loss(collected, num_items_in_batch).to(task.device), outputs
+
+    def _side_loss(self, collected: side_loss.Collector, num_items_in_batch) -> Tensor:
+        """This micro-batch's side loss, scaled so that the step's gradient is that of the global token mean.
 
         Data parallelism averages the ranks' gradients, hence the factor of their number; where the trainer is going
         to divide the loss by the accumulation steps, that is undone.
         """
         num_tokens = self._step_tokens if self._step_tokens is not None else collected.num_tokens
         factor = self.accelerator.num_processes / self._share(num_items_in_batch)
-        side = collected.neg_elbo_sum * factor / num_tokens.clamp(min=1)
-        return self._task_weight() * task + side.to(task.device), side
+        return collected.neg_elbo_sum * factor / num_tokens.clamp(min=1)
 
     def _task_weight(self) -> float:
         """Of the active adapter; not every adapter has every layer."""
@@ -187,6 +277,34 @@ class FVAETrainerMixin(_TrainerBase):
 
     # ------------------------------------------------------------------------------------------------- the logs
 
+    def _will_log(self) -> bool:
+        """Whether the running step ends with a log line, as far as can be known."""
+        step = self.state.global_step + 1
+        if self.args.logging_strategy == "steps":
+            return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        return self.args.logging_strategy == "epoch"
+
+    def _split_gradient(self, model, inputs: dict[str, Any], num_items_in_batch) -> None:
+        """One micro-batch's part of the gradient split, in steps that are due."""
+        if (self.state.global_step + 1) % self.gradient_split_every:
+            return
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        share = self._share(num_items_in_batch)
+
+        def losses() -> dict[str, Tensor]:
+            # Not through DDP, which would wait for a backward pass of its own.
+            with self.compute_loss_context_manager():
+                task, side, _ = self._losses(self.model, inputs, num_items_in_batch, window=None)
+            assert side is not None
+            return {"task": self._task_weight() * task * share, "side": side * share}
+
+        split = self._window.gradient_split = self._window.gradient_split or GradientSplit(self.model)
+        tokens_seen = getattr(self, "_total_train_tokens", None)
+        split.add(losses, self.args.device)
+        if tokens_seen is not None:
+            self._total_train_tokens = tokens_seen  # TRL has counted this batch twice more
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._window.num_steps:
             logs.update(self._drain_window())
@@ -194,45 +312,30 @@ class FVAETrainerMixin(_TrainerBase):
 
     def _drain_window(self) -> dict[str, float]:
         """Means since the last log line over steps, micro-batches and ranks. All ranks enter these reductions."""
-        window, self._window = self._window, _LogWindow()
+        window, self._window = self._window, LogWindow()
         reduce = self.accelerator.reduce
-        scalars = {key: float(reduce(value, "mean")) / window.num_steps for key, value in window.losses.items()}
-        if window.sums:
-            sums = {key: reduce(value, "sum") for key, value in window.sums.items()}
-            self.layer_terms = {key: value.cpu() for key, value in side_loss.terms_from_sums(sums).items()}
-            for term in ("nll", "kl_z1", "z1_sq", "z2_sq"):
-                scalars[f"elbo/{term}"] = float(self.layer_terms[term].mean())
-            scalars["elbo/active_units"] = float(self.layer_terms["active_z1"].mean())
-        elapsed = max(time.perf_counter() - window.started, 1e-9)
-        scalars["perf/tokens_per_s_per_gpu"] = float(window.num_tokens) / elapsed / self.accelerator.num_processes
+        scalars = window.losses(reduce)
+        self.layer_terms = window.terms(reduce)
+        if self.layer_terms:
+            scalars |= {key: float(self.layer_terms[term].mean()) for key, term in LOGGED_TERMS.items()}
+            if self.is_world_process_zero():
+                self._latent_warnings.check(self.layer_terms, self.layer_names, self._latents_are_warm())
+        if window.gradient_split is not None:
+            scalars |= window.gradient_split.norms(reduce, self.args.device)
+        scalars["perf/tokens_per_s_per_gpu"] = window.tokens_per_second() / self.accelerator.num_processes
         return scalars
 
-
-class _LogWindow:
-    """What has happened since the last log line; tensors stay on the device until then."""
-
-    def __init__(self):
-        self.started = time.perf_counter()
-        self.num_steps = 0
-        self.num_tokens: Tensor | float = 0.0
-        self.losses: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def add_task(self, task: Tensor, total: Tensor, share: float) -> None:
-        self._add("loss/task", task.detach() * share)
-        self._add("loss/total", total.detach() * share)
-
-    def add_side(self, side: Tensor, sums: dict[str, Tensor], share: float) -> None:
-        self._add("loss/neg_elbo", side.detach() * share)
-        self.sums = {key: self.sums[key] + value if self.sums else value for key, value in sums.items()}
-
-    def _add(self, key: str, value: Tensor) -> None:
-        value = value.float()
-        self.losses[key] = self.losses[key] + value if key in self.losses else value
+    def _latents_are_warm(self) -> bool:
+        warmup = max(self.args.get_warmup_steps(self.state.max_steps), self.state.max_steps // 10)
+        return self.state.global_step > warmup
 
 
 # transformers 5.23 renamed the argument and keeps the old name as an alias.
 _CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+
+def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in (COUNTED, LENGTHS)}
 
 
 def _keep_ddp_from_guessing(trainer_args: Any) -> None:
@@ -245,61 +348,3 @@ def _keep_ddp_from_guessing(trainer_args: Any) -> None:
         raise ValueError("ddp_find_unused_parameters=True is refused: DDP would take the VAE's decoder for unused")
     if trainer_args is not None:
         trainer_args.ddp_find_unused_parameters = False
-
-
-def _treat_vaes_as_leaves(model: torch.nn.Module) -> None:
-    """One gather and one set of ZeRO-3 hooks for a whole VAE; must precede deepspeed.initialize."""
-    vaes = [module for module in model.modules() if isinstance(module, FactorizedVAE)]
-    if vaes:
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(model, [FactorizedVAE])
-        for vae in vaes:
-            vae.register_forward_pre_hook(_require_input_gradient)
-
-
-def _require_input_gradient(module: torch.nn.Module, args: tuple) -> tuple | None:
-    """DeepSpeed reduces a leaf's gradients in a full backward hook. For an input without gradient (the first adapted
-    layer, without checkpointing) torch fires that hook before any of them exists: DeepSpeed would take zeros."""
-    x = args[0]
-    if not torch.is_grad_enabled() or x.requires_grad:
-        return None
-    return (x.detach().requires_grad_(), *args[1:])
-
-
-def _drop_stale_forward_stack() -> None:
-    """Undo a leak of DeepSpeed 0.19 with non-reentrant checkpointing.
-
-    Recomputation stops early by an exception that passes over ZeRO-3's post-forward hooks, so its stack of running
-    modules grows with every step. Switching early stop off is no way out: the last module of a layer would then be
-    released before its recomputed weight is used ("different metadata ... shape [0]").
-    """
-    from deepspeed.runtime.zero import parameter_offload
-
-    del parameter_offload.FWD_MODULE_STACK[1:]
-
-
-def token_mask_of(inputs: dict[str, Any]) -> Tensor:
-    """1 for the real tokens of a batch, the shape of input_ids: its attention mask, or all where nothing is padded."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(inputs["input_ids"])
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: the side loss needs the 2-D padding mask")
-    return mask
-
-
-def find_records(dataset: Any, input_ids: Tensor) -> list[int]:
-    """Indexes of the dataset's records whose tokens stand in the batch. Scans the data: only for an error message."""
-    import numpy as np
-
-    batch = input_ids.detach().cpu().numpy().astype(np.int32).tobytes()
-    found = []
-    for index in range(len(dataset)):
-        record = np.asarray(dataset[index]["input_ids"], dtype=np.int32).tobytes()
-        position = batch.find(record)
-        while position >= 0 and position % 4:
-            position = batch.find(record, position + 1)
-        if record and position >= 0:
-            found.append(index)
-    return found

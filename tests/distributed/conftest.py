@@ -14,14 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.tiny import GRADIENT_SCENARIOS, write_large_model, write_model
+from tests.distributed.layouts import LAYOUTS
+from tests.distributed.tiny import write_large_model, write_model
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 480  # ~70 s on two free cores; the first run on a machine compiles a DeepSpeed operator for ~90 s
 NUM_RANKS = 2
 SCENARIOS = (
     "loading",
-    *GRADIENT_SCENARIOS,
+    *LAYOUTS,
+    "offload",
+    "hpz",
+    "whole_run",
+    "gradient_split",
     "five_steps",
     "hundred_steps",
     "unsafe_precision",

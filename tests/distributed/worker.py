@@ -15,6 +15,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fvae_dist import FVAETrainerMixin
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.recipe import Recipe
-from tests.distributed.tiny import attach, fixed_noise, load, pad_rows, rows
+from tests.distributed import layouts
+from tests.distributed.tiny import attach, load, pad_rows, rows
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60  # of a collective: a scenario that fails on one rank must not hold the other for longer
@@ -82,7 +83,8 @@ class Watch(TrainerCallback):
         self.facts["frozen"] = whole(frozen(model))
         self.facts["seed_draw"] = torch.randn(4)
         functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-        self.facts["checkpointing"] = [function.keywords for function in functions if function is not None]
+        keywords = [function.keywords for function in functions if function is not None]
+        self.facts["checkpointing"] = [{key: key == "context_fn" or entry[key] for key in entry} for entry in keywords]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if getattr(self.trainer, "deepspeed", None) is None:
@@ -114,13 +116,15 @@ class Run:
     def __init__(self, folder: Path, name: str, **settings: Any):
         self.folder, self.output = folder, folder / "out" / name
         self.settings = {
-            "trainer": SFT,
+            "trainer": "sft",
             "stage": 3,
             "micro_batch": 2,
             "accumulation": 1,
             "checkpointing": True,
             "dtype": "float32",
             "num_rows": 8,
+            "rows": None,
+            "form": "right",
             "steps": 1,
             "learning_rate": 1e-3,
             "config": None,
@@ -128,6 +132,7 @@ class Run:
             "drop": (),
             "adapter": {},
             "lora": False,
+            "trainer_arguments": {},
             "startup_checks": True,
             "arguments": {},
             "callbacks": (),
@@ -191,7 +196,8 @@ class Run:
             "data_seed": 5,
             **s["arguments"],
         }
-        if issubclass(s["trainer"], SFTTrainer):
+        trainer_class = {"sft": SFT, "plain": Plain}[s["trainer"]]
+        if issubclass(trainer_class, SFTTrainer):
             special = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
             args = SFTConfig(**values, **special)
         else:
@@ -204,13 +210,14 @@ class Run:
             model = attach(model, **s["adapter"])
         if "prepare_model" in s:
             s["prepare_model"](model)
-        self.trainer = s["trainer"](
+        self.trainer = trainer_class(
             model=model,
             args=args,
-            train_dataset=Dataset.from_list(rows(s["num_rows"])),
+            train_dataset=Dataset.from_list(s["rows"] or rows(s["num_rows"])),
             eval_dataset=Dataset.from_list(rows(6, seed=3)),
-            data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
+            data_collator=layouts.collator(s["form"]),
             processing_class=AutoTokenizer.from_pretrained(self.folder / "model"),
+            **s["trainer_arguments"],
         )
         if s["startup_checks"]:
             self.trainer.add_callback(StartupChecks(self.trainer))
@@ -309,16 +316,35 @@ class PeakMemory:
         self.thread.join()
 
 
-def gradients(folder: Path, **settings: Any) -> dict[str, Any]:
-    """One step over eight rows: 2 ranks x micro-batch x accumulation = 8, in whatever split `settings` asks for."""
-    with fixed_noise():
-        return Run(folder, "gradients", arguments={"max_grad_norm": 0.0}, **settings).train()
+def one_step(folder: Path, layout: str, **overrides: Any) -> dict[str, Any]:
+    """One step over the seven documents in one of the layouts of the invariance suite."""
+    result = Run(folder, layout, **layouts.settings(layout) | overrides).train()
+    return {key: result[key] for key in ("gradients", "log", "seen", "stage", "checkpointing", "start")}
+
+
+def whole_run(folder: Path) -> dict[str, Any]:
+    """Two epochs over 11 documents, 4 a step: the second epoch's order, its last step of 3, noise and dropout on."""
+    arguments = {"num_train_epochs": 2, "lr_scheduler_type": "linear"}
+    return Run(folder, "whole_run", steps=-1, num_rows=11, micro_batch=2, arguments=arguments).train()
+
+
+def gradient_split(folder: Path) -> dict[str, Any]:
+    """The same step with and without the gradients of task and side loss apart."""
+    results = {}
+    for every in (0, 1):
+        run = Run(
+            folder,
+            "gradient_split",
+            **layouts.settings("z3_sft_off"),
+            trainer_arguments={"gradient_split_every": every},
+        )
+        results[every] = run.train()
+    return results
 
 
 def five_steps(folder: Path) -> dict[str, Any]:
     """bf16 base under ZeRO-3, random noise, dropout; saved at the end."""
-    adapter = {"encoder_dropout": 0.1, "decoder_dropout": 0.1}
-    run = Run(folder, "five_steps", dtype="bfloat16", steps=5, num_rows=20, adapter=adapter)
+    run = Run(folder, "five_steps", dtype="bfloat16", steps=5, num_rows=20)
     trainer = run.build()
     try:
         trainer.train()
@@ -392,7 +418,6 @@ def resume(folder: Path) -> dict[str, Any]:
         "steps": 4,
         "num_rows": 40,
         "accumulation": 2,
-        "adapter": {"encoder_dropout": 0.1, "decoder_dropout": 0.1},
         "arguments": {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1},
     }
     uninterrupted = Run(folder, "resume", **settings)
@@ -413,10 +438,9 @@ def half_precision(folder: Path) -> dict[str, Any]:
     accelerator.is_fp16_supported = lambda: True
     run = Run(folder, "half_precision", dtype="float16", steps=2)
     try:
-        with fixed_noise():
-            trainer = run.build()
-            trainer.train()
-            return run.results() | {"loss_scale": trainer.deepspeed.optimizer.loss_scaler.loss_scale}
+        trainer = run.build()
+        trainer.train()
+        return run.results() | {"loss_scale": trainer.deepspeed.optimizer.loss_scaler.loss_scale}
     finally:
         del accelerator.is_fp16_supported
         run.close()
@@ -449,30 +473,18 @@ def non_finite(folder: Path) -> None:
 
 SCENARIOS: dict[str, Any] = {
     "loading": loading,
-    "sft_zero3": lambda folder: gradients(folder, micro_batch=4),
-    "sft_zero3_accumulation": lambda folder: gradients(folder, accumulation=2),
-    "sft_zero3_no_checkpointing": lambda folder: gradients(folder, micro_batch=4, checkpointing=False),
-    "sft_zero2": lambda folder: gradients(folder, stage=2, micro_batch=4),
-    "sft_zero2_accumulation": lambda folder: gradients(folder, stage=2, accumulation=2, checkpointing=False),
-    "sft_zero0_accumulation": lambda folder: gradients(folder, stage=0, accumulation=2),
-    "plain_zero3": lambda folder: gradients(folder, trainer=Plain, micro_batch=4),
-    "plain_zero3_accumulation": lambda folder: gradients(folder, trainer=Plain, accumulation=2, checkpointing=False),
-    "plain_zero2_accumulation": lambda folder: gradients(folder, trainer=Plain, stage=2, accumulation=4, micro_batch=1),
-    "sft_ddp": lambda folder: gradients(folder, stage=None, micro_batch=4),
-    "plain_ddp_accumulation": lambda folder: gradients(
-        folder, trainer=Plain, stage=None, accumulation=2, checkpointing=False
-    ),
-    "offload": lambda folder: gradients(folder, config="zero3_cpu_offload.json", micro_batch=4),
+    **{layout: partial(one_step, layout=layout) for layout in layouts.LAYOUTS},
+    "offload": partial(one_step, layout="z3_sft_full", config="zero3_cpu_offload.json"),
+    "hpz": partial(one_step, layout="z3_sft_full", config="zero3_hpz.json", zero={"zero_hpz_partition_size": 2}),
+    "whole_run": whole_run,
+    "gradient_split": gradient_split,
     "five_steps": five_steps,
     "hundred_steps": hundred_steps,
     "unsafe_precision": unsafe_precision,
     "resume": resume,
     "lora": lora,
     "half_precision": half_precision,
-    "hpz": lambda folder: gradients(
-        folder, config="zero3_hpz.json", micro_batch=4, zero={"zero_hpz_partition_size": 2}
-    ),
-    "non_finite": non_finite,  # last: it ends the process
+    "non_finite": non_finite,  # last: it ends the processes
 }
 
 

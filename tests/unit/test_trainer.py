@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fvae_dist import FVAETrainerMixin, side_loss
+from fvae_dist import FVAETrainerMixin
+from fvae_dist.training.batches import find_records, token_mask_of
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError, check_trainable_parameters
-from fvae_dist.training.trainer import NonFiniteLossError, find_records, token_mask_of
-from tests.distributed.tiny import attach, fixed_noise, llama_config, pad_rows, rows
+from fvae_dist.training.trainer import NonFiniteLossError
+from tests.distributed.layouts import reference_step, task_loss
+from tests.distributed.tiny import attach, llama_config, pad_rows, rows
 
 RTOL = 1e-5
 
@@ -85,35 +87,23 @@ def make_trainer(tmp_path, tokenizer, trainer=SFT, model=None, data=None, eval_d
     )
 
 
-def task_loss(model, batch):
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-
 @pytest.fixture(scope="module")
 def reference():
     """The eight rows as one batch, without a trainer."""
-    model = attach(tiny_llama()).train()
-    batch = pad_rows(rows(8))
-    with fixed_noise(), side_loss.collect(model) as collected:
-        task = task_loss(model, batch)
-    (1000 * task + collected.neg_elbo).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"task": task.item(), "collected": collected, "gradients": gradients}
+    return reference_step(attach(tiny_llama()).train(), pad_rows(rows(8)))
 
 
 def assert_step_equals(reference, trainer):
     gradients = Gradients()
     trainer.add_callback(gradients)
-    with fixed_noise():
-        trainer.train()
+    trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss/task"] == pytest.approx(reference["task"], rel=RTOL)
-    assert log["loss/neg_elbo"] == pytest.approx(reference["collected"].neg_elbo.item(), rel=RTOL)
+    assert log["loss/neg_elbo"] == pytest.approx(reference["neg_elbo"], rel=RTOL)
     assert log["loss/total"] == pytest.approx(1000 * log["loss/task"] + log["loss/neg_elbo"], rel=RTOL)
     for term in ("nll", "kl_z1", "z1_sq", "z2_sq"):
-        assert log[f"elbo/{term}"] == pytest.approx(reference["collected"].terms[term].mean().item(), rel=RTOL)
-    assert log["elbo/active_units"] == reference["collected"].terms["active_z1"].mean()
+        assert log[f"elbo/{term}"] == pytest.approx(reference["terms"][term], rel=RTOL)
+    assert log["elbo/active_units"] == reference["terms"]["active_z1"]
     assert log["perf/tokens_per_s_per_gpu"] > 0
     assert set(gradients.values) == set(reference["gradients"])
     for name, expected in reference["gradients"].items():
@@ -180,17 +170,15 @@ def test_incomplete_last_accumulation_is_weighted_by_its_own_tokens(tmp_path, to
         return samples
 
     trainer.get_batch_samples = watch
-    with fixed_noise():
-        trainer.train()
+    trainer.train()
     by_first_token = {row["input_ids"][0]: row for row in rows(6)}
     assert [len(step) for step in seen] == [2, 1]
     model = attach(tiny_llama()).train()
-    for step, log in zip(seen, trainer.state.log_history):
+    for index, (step, log) in enumerate(zip(seen, trainer.state.log_history)):
         batch = pad_rows([by_first_token[token] for micro_batch in step for token in micro_batch])
-        with torch.no_grad(), fixed_noise(), side_loss.collect(model) as collected:
-            task = task_loss(model, batch)
-        assert log["loss/task"] == pytest.approx(task.item(), rel=RTOL)
-        assert log["loss/neg_elbo"] == pytest.approx(collected.neg_elbo.item(), rel=RTOL)
+        expected = reference_step(model, batch, step=index)
+        assert log["loss/task"] == pytest.approx(expected["task"], rel=RTOL)
+        assert log["loss/neg_elbo"] == pytest.approx(expected["neg_elbo"], rel=RTOL)
 
 
 def test_eval_loss_has_no_side_loss(tmp_path, tokenizer):
@@ -210,8 +198,7 @@ def test_logs_average_over_steps(tmp_path, tokenizer):
         trainer = make_trainer(
             tmp_path / str(index), tokenizer, per_device_train_batch_size=2, max_steps=2, logging_steps=logging_steps
         )
-        with fixed_noise():
-            trainer.train()
+        trainer.train()
         lines.append([row for row in trainer.state.log_history if "loss/task" in row])
     for key in ("loss/task", "loss/neg_elbo", "loss/total"):
         assert lines[1][0][key] == pytest.approx((lines[0][0][key] + lines[0][1][key]) / 2, rel=RTOL), key

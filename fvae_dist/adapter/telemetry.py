@@ -1,0 +1,103 @@
+"""What can be seen of a layer while it trains: statistics per token, added up over tokens, read as terms.
+
+    layer --token_statistics--> side_loss.Collector --sums--> (+ micro-batches, ranks) --terms_from_sums--> terms
+
+Nothing here has a gradient, and nothing here runs unless a collector asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.objective import LOGVAR_LIMIT, TokenTerms, factorization, wide
+
+ACTIVE_VARIANCE = 0.01
+# Tokens of a forward, evenly spaced, on which the reconstruction's R^2 is measured: it needs passes over all of D.
+R2_TOKENS = 2048
+PER_TOKEN = ("nll", "kl_z1", "z1_sq", "z2_sq", "neg_elbo", "wasserstein", "clamped")
+
+
+class TokenStatistics(NamedTuple):
+    """Of one layer's forward, detached, fp32: `per_token` (len(PER_TOKEN), ...); mean1, mean2 (..., R); for every
+    `r2_stride`-th token x (S, D) and the squared error of its reconstruction (S,)."""
+
+    per_token: Tensor
+    mean1: Tensor
+    mean2: Tensor
+    x: Tensor
+    squared_error: Tensor
+
+
+@torch.no_grad()
+def token_statistics(
+    terms: TokenTerms, neg_elbo: Tensor, q1: tuple[Tensor, Tensor], q2: tuple[Tensor, Tensor], x: Tensor, xhat: Tensor
+) -> TokenStatistics:
+    """q1, q2: mean and clamped log-variance, (..., R); x, xhat: input and its reconstruction, (..., D)."""
+    (mean1, logvar1), (mean2, logvar2) = q1, q2
+    spread = (0.5 * logvar1).exp() - (0.5 * logvar2).exp()
+    wasserstein = ((mean1 - mean2).square() + spread.square()).sum(-1).sqrt()
+    clamped = (torch.cat([logvar1, logvar2], dim=-1).abs() >= LOGVAR_LIMIT).to(neg_elbo.dtype).mean(-1)
+    per_token = torch.stack([terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, wasserstein, clamped])
+    stride = r2_stride(neg_elbo.numel())
+    x, xhat = (wide(part.reshape(-1, part.shape[-1])[::stride]) for part in (x, xhat))
+    return TokenStatistics(per_token, mean1, mean2, x, (x - xhat).square().sum(-1))
+
+
+def r2_stride(num_tokens: int) -> int:
+    return max(1, -(-num_tokens // R2_TOKENS))
+
+
+@torch.no_grad()
+def sums_over_tokens(statistics: TokenStatistics, mask: Tensor) -> dict[str, Tensor]:
+    """Sums over the tokens that count, additive over forwards, micro-batches and ranks; fp32 and float64.
+
+    For R^2 the input's scatter is kept as scatter within each forward plus that of the forwards' means: a difference
+    of large sums would lose it in channels whose mean is far from 0.
+    """
+    weights = mask.flatten()
+    sums = dict(zip(PER_TOKEN, statistics.per_token.flatten(1) @ weights, strict=True))
+    for key in ("mean1", "mean2"):
+        mean = getattr(statistics, key).flatten(0, -2)
+        sums[key] = weights @ mean
+        sums[f"{key}_sq"] = weights @ mean.square()
+    weights = weights[:: r2_stride(len(weights))]
+    count = weights.sum().double()
+    mean = (weights @ statistics.x).double() / count.clamp(min=1)
+    sums["r2_tokens"] = count
+    sums["x_error"] = (weights @ statistics.squared_error).double()
+    sums["x_within"] = (weights @ (statistics.x - mean.to(statistics.x.dtype)).square().sum(-1)).double()
+    sums["x_mean"] = count * mean
+    sums["x_mean_sq"] = count * mean.square().sum()
+    return sums
+
+
+def terms_from_sums(sums: dict[str, Tensor], configs: list[FVAELoraConfig]) -> dict[str, Tensor]:
+    """Per-layer terms, each (L,), from sums (L, ...) over tokens; `configs`: of the L layers, in the same order.
+
+    nll, kl_z1, z1_sq, z2_sq, neg_elbo: means over tokens, as in the objective.
+    gamma: the paper's factorising term, summed over R.
+    wasserstein: mean over tokens of the 2-Wasserstein distance between q1 and q2.
+    active_z1, active_z2: dimensions whose mean varies over tokens by more than 0.01 (Burda et al., arXiv 1509.00519).
+    r2: 1 - squared error of the reconstruction / scatter of the input, over up to 2048 tokens of each forward; 0: the
+        decoder does no better than the input's mean.
+    clamped: share of both encoders' log-variances that stand at their limit of +-20.
+    """
+    num_tokens = sums["num_tokens"].clamp(min=1)
+    terms = {key: sums[key] / num_tokens for key in PER_TOKEN}
+    for latent in ("1", "2"):
+        mean = sums[f"mean{latent}"] / num_tokens[:, None]
+        variance = sums[f"mean{latent}_sq"] / num_tokens[:, None] - mean.square()
+        terms[f"active_z{latent}"] = (variance > ACTIVE_VARIANCE).sum(-1).to(mean.dtype)
+    between = sums["x_mean_sq"] - sums["x_mean"].square().sum(-1) / sums["r2_tokens"].clamp(min=1)
+    scatter = (sums["x_within"] + between).clamp(min=torch.finfo(torch.float32).tiny)
+    terms["r2"] = (1 - sums["x_error"] / scatter).to(num_tokens.dtype)
+    gamma = [
+        factorization(z1_sq, z2_sq, config)
+        for z1_sq, z2_sq, config in zip(terms["z1_sq"], terms["z2_sq"], configs, strict=True)
+    ]
+    terms["gamma"] = torch.stack(gamma)
+    return terms
