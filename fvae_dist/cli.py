@@ -1,4 +1,4 @@
-"""Command lines. `fvae-dist train ...` and `launch/train.py ...` are the same command."""
+"""Command lines. `fvae-dist train ...` and `launch/train.py ...` are the same command, and so on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GRACE_S = 5.0
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fvae-dist`."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train_command}
+    commands = {"train": train_command, "export": export_command}
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: fvae-dist {{{','.join(commands)}}} ...\n\nEach command has --help.")
         return 0 if argv else EXIT_BAD_INPUT
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_command(argv: list[str] | None = None) -> int:
-    """Train from a recipe. Exit codes: 0 done, 2 bad recipe, data or argument; anything else is a crash."""
+    """Train from a recipe. Exit codes: 0 done; 2 bad recipe, data or argument; 75 stopped by SIGTERM or SIGUSR1 after a
+    complete checkpoint (start it again with --resume auto); anything else is a crash."""
     _set_up_output()
     try:
         args = _parse(argv)
@@ -77,8 +78,10 @@ def _train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.config, args.set)
     # Imported only now: a mistake in the recipe is reported in a second.
     from fvae_dist.training import run
+    from fvae_dist.training.control import EXIT_RESUME, StopSignal
 
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
+    stop = StopSignal().listen()
     prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run, devices=devices)
     if args.dry_run:
         from fvae_dist.training.dry_run import describe
@@ -87,10 +90,61 @@ def _train(args: argparse.Namespace) -> int:
             print(describe(prepared, devices))
         return 0
     try:
-        run.train(prepared)
+        finished = run.train(prepared, stop)
     finally:
         run.shut_down()
-    return 0
+    return EXIT_RESUME if finished is None else 0
+
+
+def export_command(argv: list[str] | None = None) -> int:
+    """Convert or export an adapter. Exit codes: 0 done, 2 bad argument or file; anything else is a crash."""
+    _set_up_output()
+    try:
+        args = _parse_export(argv)
+        # Imported only now: --help and a mistake in the arguments take no seconds.
+        from fvae_dist.exporting import export
+
+        print(export(args))
+        return 0
+    except RecipeError as error:
+        _report(error)
+        return EXIT_BAD_INPUT
+
+
+def _parse_export(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="launch/export.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Bring an adapter into another form.",
+        epilog="""forms:
+  lora       plain LoRA, for PEFT without this project; needs encoder_layers = 0
+  inference  encoder 1 and B alone, all that evaluation needs
+  merged     the base model with the adapter in its weights; needs encoder_layers = 0
+
+examples:
+  python launch/export.py --from-official exp/adapter --base meta-llama/Meta-Llama-3-8B --out adapter
+  python launch/export.py --adapter runs/adapter --format inference --out adapter-small""",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-official", metavar="DIR", help="adapter saved by the reference code (idiap/FVAE-LoRA)")
+    source.add_argument("--adapter", metavar="DIR", help="saved FVAE-LoRA adapter")
+    parser.add_argument("--format", choices=["lora", "inference", "merged"], help="what to make of --adapter")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="base model, name or folder: required with --from-official; merged takes by default the adapter's own",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; files in it are replaced")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the base model's own code")
+    args = parser.parse_args(argv)
+    if args.from_official is not None and args.format:
+        parser.error("--format goes with --adapter")
+    if args.from_official is not None and not args.base:
+        parser.error("--base is required with --from-official")
+    if args.adapter is not None and not args.format:
+        parser.error("--format is required with --adapter")
+    return args
 
 
 def _report(error: RecipeError) -> None:

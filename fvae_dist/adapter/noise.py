@@ -1,13 +1,13 @@
 """Where the noise of the latents and of dropout comes from.
 
-By default from torch's default generator, which checkpointing restores for recomputation. A `TokenNoise` makes it a pure
-function of (seed, step, layer, document, position) instead: the same tokens get the same noise in whatever micro-batch,
-on whatever rank, padded or packed, so that a run does not depend on how it was laid out.
+By default from torch's default generator, which checkpointing restores for recomputation. A `TokenNoise` makes it a
+pure function of (seed, step, layer, document, position) instead: the same tokens get the same noise in whatever
+micro-batch, on whatever rank, padded or packed, so that a run does not depend on how it was laid out.
 
-The stream: a token's key is a 64-bit hash of its document's tokens and of its position in it; the layer's salt is a hash
-of seed, step and the layer's name; word number c of a token is splitmix64's finalizer of key + salt + c * GOLDEN.
-A word's halves give two uniforms: a Box-Muller pair (one normal for z1, one for z2), or two dropout decisions.
-Two documents with equal tokens in one step share their noise.
+The stream: a token's key is a 64-bit hash of its document's tokens and of its position in it; the layer's salt is a
+hash of seed, step and the layer's name; word c of a token is splitmix64's finalizer of key + salt + c * GOLDEN. A
+word's halves give two uniforms: a Box-Muller pair (one normal for z1, one for z2), or two dropout decisions. Two
+documents with equal tokens in one step share their noise.
 
 Sources: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014); Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3" (2011) for counter-based streams.

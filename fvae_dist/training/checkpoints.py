@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from fvae_dist.training.checkpoint_files import problem_with
 from fvae_dist.training.recipe import RecipeError
-from fvae_dist.training.saving import ADAPTER_FILE
 
 logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(resume: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint that `--resume` names.
+    """The checkpoint that `--resume` names, every byte of it checked.
 
     Args:
-        resume: None, "auto" (newest complete one in `output_dir`, none is fine) or a checkpoint folder.
+        resume: None, "auto" (newest one in `output_dir` that is whole, none is fine) or a checkpoint folder.
 
     Raises:
-        RecipeError: the folder named is not a complete checkpoint, or `output_dir` can be no folder.
+        RecipeError: the folder named is no whole checkpoint, or `output_dir` can be no folder.
     """
     _check_is_folder(Path(output_dir))
     if resume is None:
         return None
     if resume != "auto":
-        problem = what_is_missing(Path(resume))
+        problem = problem_with(Path(resume))
         if problem:
-            raise RecipeError(f"--resume {resume}: not a complete checkpoint: {problem}")
+            raise RecipeError(f"--resume {resume}: not a whole checkpoint: {problem}")
         return str(resume)
     for folder in reversed(list_checkpoints(output_dir)):
-        problem = what_is_missing(folder)
+        problem = problem_with(folder)
         if not problem:
             logger.info("resuming from %s", folder)
             return str(folder)
@@ -48,32 +45,6 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """checkpoint-N folders, oldest first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def what_is_missing(folder: Path) -> str:
-    """Why a checkpoint cannot be resumed from; empty if it can."""
-    if not folder.is_dir():
-        return "no such folder"
-    # trainer_state.json is the last file written.
-    state = folder / "trainer_state.json"
-    try:
-        json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{state.name} is missing or unreadable"
-    try:
-        with safe_open(folder / ADAPTER_FILE, framework="pt") as tensors:
-            if not list(tensors.keys()):
-                return f"{ADAPTER_FILE} is empty"
-    except (OSError, SafetensorError):
-        return f"{ADAPTER_FILE} is missing or unreadable"
-    tag = folder / "latest"
-    if tag.is_file():
-        name = tag.read_text(encoding="utf-8", errors="replace").strip()
-        if not name or not any((folder / name).glob("*optim_states.pt")):
-            return "the optimizer's shards are missing"
-    if not tag.is_file() and not (folder / "optimizer.pt").is_file():
-        return "the optimizer's state is missing"
-    return ""
 
 
 def check_output_dir(output_dir: str | Path, checkpoint: str | None, overwrite: bool, resume: bool = False) -> None:

@@ -136,6 +136,9 @@ class TrainingSection(_Section):
     )
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
     save_total_limit: int | None = Field(2, ge=1, description="Newest checkpoints kept; null: all.")
+    stall_timeout_s: float = Field(
+        1800.0, ge=0, description="End the run when no step, evaluation batch or save ends for so long; 0: never."
+    )
     dataloader_num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
 
     @field_validator("max_steps")

@@ -8,7 +8,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,12 @@ from trl import SFTConfig, SFTTrainer
 
 from fvae_dist.training.callbacks import PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
 from fvae_dist.training.card import write_model_card
+from fvae_dist.training.checkpoint_files import remove_leftovers
 from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
+from fvae_dist.training.control import StallWatchdog, StopOnSignal, StopSignal, lock_output_dir
 from fvae_dist.training.data import PreparedData, prepare_data
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
+from fvae_dist.training.fingerprint import base_fingerprint
 from fvae_dist.training.modeling import (
     ModelPlan,
     attach_adapter,
@@ -34,14 +37,15 @@ from fvae_dist.training.modeling import (
     plan_model,
 )
 from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.throughput import peak_tflops
 from fvae_dist.training.trainer import FVAETrainerMixin
 
 logger = logging.getLogger(__name__)
 
 
-class RecipeTrainer(FVAETrainerMixin, SFTTrainer):
-    """TRL's SFTTrainer with the side loss; the model card is written by the recipe, not by TRL."""
+class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
+    """TRL's SFTTrainer with the side loss and our checkpoints; the model card is written by the recipe, not by TRL."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -61,6 +65,8 @@ class Prepared:
     attention_reason: str
     use_cpu: bool
     checkpoint: str | None
+    base_fingerprint: str
+    lock: IO[str] | None
 
 
 def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, devices: int | None = None) -> Prepared:
@@ -82,6 +88,10 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     if training.gradient_checkpointing_kwargs.get("selective") and zero_stage(deepspeed) == 3:
         raise RecipeError("training.gradient_checkpointing_kwargs: selective: TRL refuses it under ZeRO-3; use stage 2")
     attention, reason = choose_attention(recipe.model, use_cpu)
+    is_first = _env_int("RANK", 0) == 0
+    lock = lock_output_dir(training.output_dir) if is_first and not dry_run else None
+    if lock is not None:
+        remove_leftovers(Path(training.output_dir))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
         check_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, resume is not None)
@@ -93,13 +103,16 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
-    if training.overwrite_output_dir and checkpoint is None and not dry_run and _env_int("RANK", 0) == 0:
+    fingerprint = base_fingerprint(recipe.model, config, training.seed)
+    if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
         clear_output_dir(training.output_dir)
-    return Prepared(recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint)
+    return Prepared(
+        recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint, fingerprint, lock
+    )
 
 
-def train(prepared: Prepared) -> dict[str, Any]:
-    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json."""
+def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] | None:
+    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json; None if `stop` came."""
     recipe = prepared.recipe
     _set_up_process(prepared)
     args = build_arguments(prepared)
@@ -109,8 +122,14 @@ def train(prepared: Prepared) -> dict[str, Any]:
         logger.warning("model.dtype float16: gradients of fp32 adapters get no loss scaling; bfloat16 is safer")
     model = build_model(prepared, args)
     trainer = build_trainer(prepared, args, model)
+    stopper = StopOnSignal(trainer, stop or StopSignal())
+    trainer.add_callback(stopper)
 
     result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    if stopper.stopped_at is not None:
+        if trainer.checkpoint_writer.last_error is not None:
+            raise trainer.checkpoint_writer.last_error
+        return None
     final_eval = trainer.evaluate() if recipe.evaluation.at_end else None
 
     metrics = collect_metrics(trainer, result, final_eval)
@@ -130,6 +149,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "overwrite_output_dir",
             "gradient_checkpointing_kwargs",
             "side_loss_tokens",
+            "stall_timeout_s",
         }
     )
     return SFTConfig(
@@ -192,12 +212,15 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
         side_loss_tokens=recipe.training.side_loss_tokens,
         telemetry=recipe.logging.telemetry,
         gradient_split_every=recipe.logging.gradient_split_every,
+        base_fingerprint=prepared.base_fingerprint,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters
     trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
     trainer.add_callback(ProgressLine())
+    if recipe.training.stall_timeout_s:
+        trainer.add_callback(StallWatchdog(recipe.training.stall_timeout_s))
     if recipe.logging.tensorboard:
         folder = Path(recipe.training.output_dir) / "tensorboard"
         trainer.add_callback(TensorBoardLogs(trainer, folder, recipe.logging.histograms))

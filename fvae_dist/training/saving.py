@@ -42,7 +42,7 @@ def save_adapter(model: PeftModel, output_dir: str | Path, is_main: bool, proces
         try:
             output = Path(output_dir)
             output.mkdir(parents=True, exist_ok=True)
-            problem = _find_bad_tensor(model, state_dict)
+            problem = find_bad_tensor(model, state_dict)
             if not problem:
                 model.save_pretrained(str(output), state_dict=state_dict)
                 _make_readable(model, output)
@@ -98,7 +98,7 @@ def _make_readable(model: PeftModel, output: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def _find_bad_tensor(model: PeftModel, state_dict: dict[str, Tensor]) -> str:
+def find_bad_tensor(model: PeftModel, state_dict: dict[str, Tensor]) -> str:
     for adapter in model.peft_config:
         tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
         if not tensors:

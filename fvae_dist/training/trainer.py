@@ -114,7 +114,7 @@ class FVAETrainerMixin(_TrainerBase):
 
     def _keep_selective_checkpointing(self) -> None:
         """TRL 1.16 patches the old name of the method that transformers 5.23 calls: what it asks for would be lost."""
-        enable = getattr(self.model, "gradient_checkpointing_enable", None)
+        enable: Any = getattr(self.model, "gradient_checkpointing_enable", None)
         if getattr(enable, "_is_sac_wrapped", False) and hasattr(self.model, "activation_checkpointing_enable"):
 
             def activation_checkpointing_enable(activation_checkpointing_kwargs=None, **kwargs):
@@ -206,6 +206,7 @@ class FVAETrainerMixin(_TrainerBase):
         `window` receives the layers' terms where telemetry is due.
         """
         clean = _for_model(inputs)
+        result: Any
         if not self._fvae_layers:
             result = super().compute_loss(model, clean, return_outputs, num_items_in_batch)
             return (result[0], None, result[1]) if return_outputs else (result, None, None)

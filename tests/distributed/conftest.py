@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import is_flash_attn_2_available
 
-from tests.distributed.layouts import LAYOUTS
-from tests.distributed.tiny import write_large_model, write_model
+from tests.distributed.layouts import LAYOUTS, one_process
+from tests.distributed.tiny import rows, write_large_model, write_model
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 480  # ~70 s on two free cores; the first run on a machine compiles a DeepSpeed operator for ~90 s
@@ -31,6 +32,7 @@ SCENARIOS = (
     "hundred_steps",
     "unsafe_precision",
     "resume",
+    "elastic",
     "lora",
     "half_precision",
     "non_finite",  # last: it ends the processes
@@ -67,7 +69,32 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     folder = tmp_path_factory.mktemp("two_ranks")
     write_model(folder / "model")
     large_model_bytes = write_large_model(folder / "large")
-    processes = [_start(folder, rank) for rank in range(NUM_RANKS)]
+    one_rank(folder)
+    return run_ranks(folder, SCENARIOS, large_model_bytes)
+
+
+def one_rank(folder: Path, **arguments: Any) -> Any:
+    """Four steps of eight rows in one process, saved after the second."""
+    settings = {"per_device_train_batch_size": 8, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    return one_process(folder / "model", folder / "out" / "one_rank", rows(40), **settings | arguments)
+
+
+@pytest.fixture(scope="session")
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
+    """The layouts again, a rank on each of two GPUs, in bf16, with a model whose heads flash attention takes."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    folder = tmp_path_factory.mktemp("two_gpus")
+    write_model(folder / "model", hidden_size=256, intermediate_size=512)
+    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    settings = {"DS_ACCELERATOR": "cuda", "FVAE_TEST_DTYPE": "bfloat16", "FVAE_TEST_ATTENTION": attention}
+    return run_ranks(folder, tuple(LAYOUTS), settings=settings)
+
+
+def run_ranks(
+    folder: Path, scenarios: tuple[str, ...], large_model_bytes: int = 0, settings: dict[str, str] | None = None
+) -> TwoRanks:
+    processes = [_start(folder, rank, scenarios, settings or {}) for rank in range(NUM_RANKS)]
     try:
         exit_codes, seconds = _wait(processes, folder)
     finally:
@@ -77,7 +104,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     return TwoRanks(folder, large_model_bytes, exit_codes, seconds, logs)
 
 
-def _start(folder: Path, rank: int) -> subprocess.Popen:
+def _start(folder: Path, rank: int, scenarios: tuple[str, ...], settings: dict[str, str]) -> subprocess.Popen:
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -96,8 +123,9 @@ def _start(folder: Path, rank: int) -> subprocess.Popen:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         # Freed weights go back to the system at once: what is resident is what is held.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
+        **settings,
     }
-    command = [sys.executable, "-m", "tests.distributed.worker", str(folder), str(rank), str(NUM_RANKS), *SCENARIOS]
+    command = [sys.executable, "-m", "tests.distributed.worker", str(folder), str(rank), str(NUM_RANKS), *scenarios]
     with open(folder / f"log.{rank}", "w") as log:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

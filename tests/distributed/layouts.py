@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fvae_dist import FVAETrainerMixin, side_loss
 from fvae_dist.adapter.noise import TokenNoise
+from fvae_dist.training.resumable import ResumableTrainerMixin
 from tests.distributed.tiny import attach, load, pad_rows, rows
 
 SEED = 5
@@ -149,7 +150,7 @@ def reference_step(model: torch.nn.Module, batch: dict[str, Tensor], step: int =
     }
 
 
-class OneProcess(FVAETrainerMixin, SFTTrainer):
+class OneProcess(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
     """The trainer in one process; keeps the first token of every row it saw, by step and micro-batch."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
@@ -158,7 +159,9 @@ class OneProcess(FVAETrainerMixin, SFTTrainer):
         return samples, num_items
 
 
-def one_process(model_folder: Path, output: Path, data: list[dict[str, Any]], **arguments: Any) -> OneProcess:
+def one_process(
+    model_folder: Path, output: Path, data: list[dict[str, Any]], resume: Path | None = None, **arguments: Any
+) -> OneProcess:
     """What `worker.Run` trains, in this process, trained to its end."""
     values = {
         "output_dir": str(output),
@@ -184,5 +187,5 @@ def one_process(model_folder: Path, output: Path, data: list[dict[str, Any]], **
         data_collator=collator("right"),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer

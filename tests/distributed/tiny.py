@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -41,10 +42,10 @@ def llama_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**(sizes | overrides))
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, **overrides) -> Path:
     """A tiny fp32 Llama with a word tokenizer."""
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config()).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(**overrides)).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 
@@ -100,12 +101,15 @@ def attach(model: torch.nn.Module, **overrides) -> PeftModel:
         for name, parameter in peft_model.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.1 * noise if name.endswith("scale") else 0.3 * noise)
+                # Of a size that keeps the latents small for wider layers too.
+                size = 0.3 * min(1.0, 4 * parameter.shape[-1] ** -0.5)
+                parameter.copy_(1 + 0.1 * noise if name.endswith("scale") else size * noise)
     return peft_model
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    attention = os.environ.get("FVAE_TEST_ATTENTION", "sdpa")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
 
 
 def pad_rows(batch: list[dict[str, list[int]]], side: str = "right") -> dict[str, Tensor]:

@@ -37,10 +37,13 @@ from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.recipe import Recipe
+from fvae_dist.training.resumable import ResumableTrainerMixin
 from tests.distributed import layouts
 from tests.distributed.tiny import attach, load, pad_rows, rows
 
 ROOT = Path(__file__).parents[2]
+USE_CPU = os.environ["DS_ACCELERATOR"] == "cpu"
+DTYPE = os.environ.get("FVAE_TEST_DTYPE", "float32")
 TIMEOUT_S = 60  # of a collective: a scenario that fails on one rank must not hold the other for longer
 
 
@@ -53,7 +56,7 @@ class Recording:
         return samples, num_items
 
 
-class SFT(Recording, FVAETrainerMixin, SFTTrainer):
+class SFT(Recording, ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
     pass
 
 
@@ -92,7 +95,7 @@ class Watch(TrainerCallback):
 
     def read(self, gradient_of: Any) -> None:
         if not self.gradients:
-            self.gradients = {name: gradient_of(p).clone() for name, p in trainable(self.trainer.model).items()}
+            self.gradients = {name: gradient_of(p).cpu().clone() for name, p in trainable(self.trainer.model).items()}
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -107,7 +110,7 @@ def whole(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     """Values of parameters that ZeRO-3 may have sharded. All ranks must call this."""
     sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
 class Run:
@@ -121,7 +124,7 @@ class Run:
             "micro_batch": 2,
             "accumulation": 1,
             "checkpointing": True,
-            "dtype": "float32",
+            "dtype": DTYPE,
             "num_rows": 8,
             "rows": None,
             "form": "right",
@@ -177,7 +180,7 @@ class Run:
         values = {
             "output_dir": str(self.output),
             "deepspeed": self.deepspeed_config(),
-            "use_cpu": True,
+            "use_cpu": USE_CPU,
             "bf16": s["stage"] == 3 and s["dtype"] == "bfloat16",
             "fp16": s["stage"] == 3 and s["dtype"] == "float16",
             "per_device_train_batch_size": s["micro_batch"],
@@ -272,7 +275,7 @@ def loading(folder: Path) -> dict[str, Any]:
     """Private memory of this rank while a 260 MB model is loaded under ZeRO-3."""
     run = Run(folder, "loading", dtype="bfloat16")
     unset_hf_deepspeed_config()
-    args = TrainingArguments(output_dir=str(run.output), deepspeed=run.deepspeed_config(), use_cpu=True, bf16=True)
+    args = TrainingArguments(output_dir=str(run.output), deepspeed=run.deepspeed_config(), use_cpu=USE_CPU, bf16=True)
     load(folder / "model", torch.bfloat16)  # warms up what a first load allocates for good
     gc.collect()
     with PeakMemory() as memory:
@@ -324,7 +327,12 @@ def one_step(folder: Path, layout: str, **overrides: Any) -> dict[str, Any]:
 
 def whole_run(folder: Path) -> dict[str, Any]:
     """Two epochs over 11 documents, 4 a step: the second epoch's order, its last step of 3, noise and dropout on."""
-    arguments = {"num_train_epochs": 2, "lr_scheduler_type": "linear"}
+    arguments = {
+        "num_train_epochs": 2,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     return Run(folder, "whole_run", steps=-1, num_rows=11, micro_batch=2, arguments=arguments).train()
 
 
@@ -427,6 +435,21 @@ def resume(folder: Path) -> dict[str, Any]:
     return {"uninterrupted": first, "resumed": second}
 
 
+def elastic(folder: Path) -> dict[str, Any]:
+    """The last two of four steps, from the checkpoint of one process, in three layouts of the same global batch."""
+    checkpoint = str(folder / "out" / "one_rank" / "checkpoint-2")
+    splits = {
+        "zero3": {"stage": 3, "micro_batch": 2, "accumulation": 2},
+        "zero2": {"stage": 2, "micro_batch": 1, "accumulation": 4},
+        "zero0": {"stage": 0, "micro_batch": 4, "accumulation": 1},
+        "ddp": {"stage": None, "micro_batch": 2, "accumulation": 2},
+    }
+    return {
+        name: Run(folder, f"elastic_{name}", steps=4, num_rows=40, **split).train(resume=checkpoint)
+        for name, split in splits.items()
+    }
+
+
 def lora(folder: Path) -> dict[str, Any]:
     run = Run(folder, "lora", dtype="bfloat16", steps=3, num_rows=12, lora=True)
     return run.train(save=True)
@@ -482,6 +505,7 @@ SCENARIOS: dict[str, Any] = {
     "hundred_steps": hundred_steps,
     "unsafe_precision": unsafe_precision,
     "resume": resume,
+    "elastic": elastic,
     "lora": lora,
     "half_precision": half_precision,
     "non_finite": non_finite,  # last: it ends the processes
@@ -494,10 +518,13 @@ def result_file(folder: Path, scenario: str) -> Path:
 
 def main(folder: Path, rank: int, world_size: int, names: list[str]) -> None:
     timeout = timedelta(seconds=TIMEOUT_S)
+    backend = "gloo" if USE_CPU else "nccl"
+    if not USE_CPU:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timeout
+        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timeout
     )
-    deepspeed.init_distributed(dist_backend="gloo")
+    deepspeed.init_distributed(dist_backend=backend)
     for name in names:
         started = time.monotonic()
         try:

@@ -17,6 +17,7 @@ from fvae_dist.training.callbacks import (
     recomputes,
 )
 from fvae_dist.training.checks import StartupError
+from fvae_dist.training.log_window import LOGGED_TERMS
 from tests.models import tiny_adapter, tiny_model
 
 LOGS = {
@@ -30,7 +31,7 @@ LOGS = {
     "perf/tokens_per_s_per_gpu": 1000.0,
     "epoch": 0.5,
 }
-TERMS = ("nll", "kl_z1", "z1_sq", "z2_sq", "active_z1")
+TERMS = tuple(LOGGED_TERMS.values())
 
 
 def state(step: int = 3, rank: int = 0) -> TrainerState:

@@ -1,11 +1,14 @@
 import dataclasses
+import re
+import warnings
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fvae_dist import FVAELoraConfig
+from fvae_dist import FVAELoraConfig, side_loss
+from tests.models import randomise, tiny_model, token_ids
 
 # METHOD.md, "Objective" and "One adapted linear layer".
 DEFAULTS = {
@@ -32,6 +35,7 @@ DEFAULTS = {
     "kl_weight": 1.0,
     "z1_weight": 1.0,
     "z2_weight": 1.0,
+    "factorization_weight": 0.1,
     "side_loss_reduction": "mean",
     "detach_input": False,
     "kernel": "auto",
@@ -45,7 +49,11 @@ NAN, INF = float("nan"), float("inf")
 INVALID = [
     *((name, value) for name, below in SIZES.items() for value in (below, 1.5, "2", True, None)),
     *((name, value) for name in CHOICES for value in ("other", None, 1)),
-    *((name, value) for name in ("encoder_shared_trunk", "detach_input") for value in (1, "true", None)),
+    *(
+        (name, value)
+        for name in ("encoder_shared_trunk", "detach_input", "inference_only")
+        for value in (1, "true", None)
+    ),
     *((name, value) for name in DROPOUTS for value in (-0.1, 1, NAN, "0.1", None, True)),
     *((name, value) for name in POSITIVE for value in (0, -1.0, NAN, INF, "1", None, True)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1e-9, NAN, INF, "1", None, True)),
@@ -59,14 +67,37 @@ CHANGED = {
     "layers_to_transform": [0],
     "layers_pattern": "layers",
     "modules_to_save": ["lm_head"],
-    "encoder_layers": 2,
     "encoder_shared_trunk": False,
     "decoder_dropout": 0.25,
     "latent_fusion": "average",
     "kl_weight": 10.0,
     "side_loss_reduction": "sum",
     "kernel": "torch",
+    "encoder_layers": 2,
+    "detach_input": True,
+    "z2_prior_mean": -0.5,
+    "z2_prior_std": 0.75,
+    "reconstruction_weight": 0.1,
+    "z1_weight": 2.0,
+    "z2_weight": 3.0,
+    "factorization_weight": 0.5,
 }
+OBJECTIVES = ("official", "paper", "vae2lat", "beta_vae2lat")
+NO_FLOOR = "no floor in z1 but for the task and the reconstruction"
+# Weights that do not enter an objective, METHOD.md, "Objective".
+UNUSED = {
+    "official": {"factorization_weight"},
+    "paper": {"z1_weight", "z2_weight"},
+    "vae2lat": {"reconstruction_weight", "kl_weight", "z1_weight", "z2_weight", "factorization_weight"},
+    "beta_vae2lat": {"z1_weight", "z2_weight", "factorization_weight"},
+}
+
+
+def warnings_of(**settings) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        FVAELoraConfig(**settings)
+    return [str(warning.message) for warning in caught]
 
 
 def test_defaults_are_those_of_the_published_runs():
@@ -102,6 +133,52 @@ def test_misspelt_field_is_refused():
         FVAELoraConfig(encoder_hiden=3)
 
 
+@pytest.mark.parametrize(("delta", "beta"), [(1.01, 1.0), (1e-9, 0.0), (11, 10)])
+def test_factorisation_beyond_the_kl_term_is_refused_with_the_reason(delta, beta):
+    with pytest.raises(ValueError, match=rf"^factorization_weight {delta:g} > kl_weight {beta:g}: .*{NO_FLOOR}"):
+        FVAELoraConfig(objective="paper", factorization_weight=delta, kl_weight=beta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"objective": "paper", "factorization_weight": 1.0}, f"factorization_weight 1 = kl_weight 1: .*{NO_FLOOR}"),
+        ({"objective": "paper", "factorization_weight": 0.999}, None),
+        ({"objective": "paper", "factorization_weight": 0, "kl_weight": 0}, None),
+        ({"z1_weight": 8.01}, f"2 z1_weight / r > kl_weight 1: .*{NO_FLOOR}"),
+        ({"z1_weight": 8}, None),
+        ({"r": 1}, f"2 z1_weight / r > kl_weight 1: .*{NO_FLOOR}"),
+        ({"r": 1, "kl_weight": 2}, None),
+        ({"kl_weight": 0.124}, f"2 z1_weight / r > kl_weight 0.124: .*{NO_FLOOR}"),
+        ({"objective": "vae2lat", "r": 1}, None),
+        ({"objective": "beta_vae2lat", "kl_weight": 0}, None),
+    ],
+    ids=str,
+)
+def test_objective_without_a_floor_warns(settings, expected):
+    found = warnings_of(**settings)
+    assert len(found) == (expected is not None)
+    if expected:
+        assert re.search(expected, found[0])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weight_that_the_objective_does_not_use_warns(objective):
+    assert warnings_of(objective=objective) == []
+    warned = set()
+    for name in NOT_NEGATIVE:
+        for message in warnings_of(objective=objective, **{name: 0.75}):
+            assert re.fullmatch(rf"objective '{objective}' does not use {name}", message)
+            warned.add(name)
+    assert warned == UNUSED[objective]
+
+
+def test_warning_points_at_the_caller():
+    with pytest.warns(UserWarning, match="does not use") as caught:
+        FVAELoraConfig(objective="vae2lat", z1_weight=2.0)
+    assert caught[0].filename == __file__
+
+
 def test_every_field_has_help():
     own = {field.name for field in dataclasses.fields(FVAELoraConfig)} - {
         f.name for f in dataclasses.fields(PeftConfig)
@@ -110,14 +187,39 @@ def test_every_field_has_help():
     assert own >= set(DEFAULTS) and own <= described
 
 
-def test_config_survives_saving(tmp_path):
-    config = FVAELoraConfig(**CHANGED, task_type="CAUSAL_LM")
+@pytest.mark.filterwarnings("ignore:objective")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_config_survives_saving(tmp_path, objective):
+    config = FVAELoraConfig(**CHANGED, objective=objective, task_type="CAUSAL_LM")
     config.save_pretrained(tmp_path)
     for loaded in (PeftConfig.from_pretrained(tmp_path), FVAELoraConfig.from_pretrained(tmp_path)):
         assert type(loaded) is FVAELoraConfig
         expected = {**config.to_dict(), "inference_mode": loaded.inference_mode}
         assert loaded.to_dict() == expected
-        assert loaded.target_modules == {"q_proj", "o_proj"}
+        assert {name: getattr(loaded, name) for name in CHANGED} == {
+            **CHANGED,
+            "target_modules": {"q_proj", "o_proj"},
+            "exclude_modules": {"k_proj"},
+        }
+        assert loaded.objective == objective
+
+
+@pytest.mark.filterwarnings("ignore:objective")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_adapter_saved_with_its_settings_comes_back_with_them(tmp_path, objective):
+    settings = {name: value for name, value in CHANGED.items() if name not in ("modules_to_save", "exclude_modules")}
+    config = FVAELoraConfig(**settings, objective=objective, task_type="CAUSAL_LM")
+    model = randomise(get_peft_model(tiny_model("llama"), config))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True)
+    assert loaded.peft_config["default"].to_dict() == config.to_dict()
+    side_losses = []
+    for of in (model, loaded):
+        torch.manual_seed(0)
+        with side_loss.collect(of.train()) as collected:
+            of(token_ids())
+        side_losses.append(collected.neg_elbo.item())
+    assert side_losses[0] == side_losses[1]
 
 
 def test_key_of_a_later_version_is_dropped_with_a_warning(tmp_path):

@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from fvae_dist import side_loss
 from fvae_dist.adapter import FVAELinear
 from fvae_dist.adapter.layer import linear_features
+from fvae_dist.adapter.telemetry import PER_TOKEN, TokenStatistics
 from tests.models import randomise, tiny_adapter
 
 D_IN, D_OUT = 6, 5
@@ -229,10 +230,13 @@ def test_statistics_are_fp32_under_autocast():
     for name, value in collected.terms.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact.terms[name], rtol=1.6e-2, atol=1e-3)
-    # Only the products over D are rounded to bf16: z1, its mean and each term have more than the 8 bits of bf16.
-    assert len(outputs[0]) == 6
-    for value in outputs[0]:
-        assert value.dtype == torch.float32 and (value != value.bfloat16()).float().mean() > 0.9
+    # Only the products over D are rounded to bf16: the latents and each term have more than the 8 bits of bf16.
+    z1, neg_elbo, *statistics = outputs[0]
+    of_tokens = TokenStatistics(*statistics)
+    assert all(value.dtype == torch.float32 for value in outputs[0])
+    terms = of_tokens.per_token[: PER_TOKEN.index("clamped")]
+    for value in (z1, neg_elbo, *terms, of_tokens.mean1, of_tokens.mean2, of_tokens.squared_error):
+        assert (value != value.bfloat16()).float().mean() > 0.9
     sums = collected.sums()
     combined = sums["nll"] + sums["z2_sq"] - sums["z1_sq"] + sums["kl_z1"]
     torch.testing.assert_close(combined, sums["neg_elbo"], rtol=1e-5, atol=0)

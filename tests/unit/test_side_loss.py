@@ -8,12 +8,25 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fvae_dist import side_loss
-from fvae_dist.adapter import FVAELinear
-from tests.models import ARCHITECTURES, randomise, tiny_adapter, tiny_model, token_ids
+from fvae_dist.adapter import FVAELinear, vae
+from fvae_dist.adapter.noise import TokenNoise
+from tests.models import ARCHITECTURES, LayerModel, randomise, tiny_adapter, tiny_model, token_ids
 
 NO_DROPOUT = {"encoder_dropout": 0.0, "decoder_dropout": 0.0}
 NO_BASE_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
-TERMS = {"nll", "kl_z1", "z1_sq", "z2_sq", "neg_elbo", "active_z1"}
+TERMS = {
+    "nll",
+    "kl_z1",
+    "z1_sq",
+    "z2_sq",
+    "neg_elbo",
+    "gamma",
+    "wasserstein",
+    "active_z1",
+    "active_z2",
+    "r2",
+    "clamped",
+}
 
 
 def adapted(name="llama", dtype=torch.float32, **settings):
@@ -66,69 +79,122 @@ def test_terms_have_names_and_shapes_and_are_detached(name):
     assert collected.num_tokens == 14
 
 
+# Settings, and the negative ELBO from the terms.
+OBJECTIVES = {
+    "official": (
+        {"reconstruction_weight": 0.5, "z1_weight": 2.0, "z2_weight": 3.0, "kl_weight": 4.0},
+        lambda terms: 0.5 * terms["nll"] + 3 * terms["z2_sq"] - 2 * terms["z1_sq"] + 4 * terms["kl_z1"],
+    ),
+    "paper": (
+        {"reconstruction_weight": 0.5, "factorization_weight": 0.7, "kl_weight": 4.0, "z2_prior_std": 1.3},
+        lambda terms: 0.5 * terms["nll"] + 4 * terms["kl_z1"] - 0.7 * terms["gamma"],
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_neg_elbo_is_the_combination_of_the_terms(reduction):
-    weights = {"reconstruction_weight": 0.5, "z1_weight": 2.0, "z2_weight": 3.0, "kl_weight": 4.0}
-    model = adapted(side_loss_reduction=reduction, **weights)
+def test_neg_elbo_is_the_combination_of_the_terms(reduction, objective):
+    weights, combine = OBJECTIVES[objective]
+    model = adapted(side_loss_reduction=reduction, objective=objective, **weights)
     with side_loss.collect(model, token_mask=torch.tensor([[1, 1, 0, 1, 0, 0, 1], [1] * 7])) as collected:
         model(token_ids())
-    terms = collected.terms
-    per_layer = 0.5 * terms["nll"] + 3 * terms["z2_sq"] - 2 * terms["z1_sq"] + 4 * terms["kl_z1"]
-    torch.testing.assert_close(terms["neg_elbo"], per_layer, rtol=1e-5, atol=0)
+    per_layer = combine(collected.terms)
+    torch.testing.assert_close(collected.terms["neg_elbo"], per_layer, rtol=1e-5, atol=0)
     total = per_layer.sum() if reduction == "sum" else per_layer.mean()
     torch.testing.assert_close(collected.neg_elbo.detach(), total, rtol=1e-5, atol=0)
     torch.testing.assert_close(collected.neg_elbo_sum, collected.neg_elbo * 11, rtol=1e-5, atol=0)
 
 
-def test_terms_are_means_over_the_tokens_that_count():
-    layer = randomise(FVAELinear(nn.Linear(6, 5), "default", tiny_adapter(encoder_dropout=0.0))).train()
-    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
-    seen = []
-    layer.fvae_vae["default"].register_forward_hook(lambda module, args, outputs: seen.append(outputs))
-    with side_loss.collect(layer, token_mask=mask) as collected:
-        layer(x)
-    z1, mean1, nll, kl_z1, z1_sq, z2_sq = seen[0]
-    for name, value in {"nll": nll, "kl_z1": kl_z1, "z1_sq": z1_sq, "z2_sq": z2_sq}.items():
-        torch.testing.assert_close(collected.terms[name], value[mask.bool()].mean()[None].detach(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(collected.terms["z1_sq"], z1[mask.bool()].square().mean()[None].detach())
-    variances = mean1[mask.bool()].var(0, correction=0)
-    assert collected.terms["active_z1"].tolist() == [(variances > 0.01).sum().item()]
-
-
-@pytest.mark.parametrize("num_active", range(5))
-def test_active_z1_counts_dimensions_that_vary(num_active):
-    layer = FVAELinear(nn.Linear(6, 5), "default", tiny_adapter(encoder_dropout=0.0, encoder_layers=0)).train()
-    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        layer.fvae_vae["default"].encoder1.mean.bias.fill_(10.0)  # a large mean is no activity
-        layer.fvae_vae["default"].encoder1.mean.weight[:num_active].fill_(0.1)
-    with side_loss.collect(layer) as collected:
-        layer(x)
-    assert collected.terms["active_z1"].tolist() == [num_active]
-
-
-def test_sums_add_up_over_blocks():
-    model, ids = adapted(), token_ids(4)
-    parts = []
-    for part in ids.split([1, 3]):
+@pytest.mark.parametrize("objective", ["official", "paper", "vae2lat", "beta_vae2lat"])
+def test_sum_over_layers_is_their_number_times_the_mean(objective):
+    values, found = [], []
+    for reduction in ("mean", "sum"):
+        model = adapted(side_loss_reduction=reduction, objective=objective)
+        torch.manual_seed(5)
         with side_loss.collect(model) as collected:
-            model(part)
-        parts.append(collected)
-    added = {key: parts[0].sums()[key] + parts[1].sums()[key] for key in parts[0].sums()}
-    terms = side_loss.terms_from_sums(added)
-    weighted = (parts[0].terms["nll"] * 7 + parts[1].terms["nll"] * 21) / 28
-    torch.testing.assert_close(terms["nll"], weighted)
-    assert terms.keys() == TERMS
+            model(token_ids())
+        collected.neg_elbo.backward()
+        values.append(collected.neg_elbo.detach())
+        found.append(gradients(model))
+    torch.testing.assert_close(values[1], 4 * values[0], rtol=1e-5, atol=0)
+    assert_same(found[1], {name: 4 * gradient for name, gradient in found[0].items()}, rtol=1e-5, atol=1e-6)
 
 
-def test_terms_can_be_left_out():
+def test_layer_configs_are_those_of_the_reporting_layers():
     model = adapted()
-    with side_loss.collect(model, terms=False) as collected:
+    model.add_adapter("small", tiny_adapter(r=2))
+    model.base_model.set_adapter(["default", "small"])
+    with side_loss.collect(model) as collected:
         model(token_ids())
-    assert collected.neg_elbo.isfinite() and set(collected.sums()) == {"num_tokens"}
+    assert [config.r for config in collected.layer_configs] == [4, 2] * 4
+    assert collected.layer_configs[0] is model.peft_config["default"]
+
+
+@pytest.mark.filterwarnings("ignore:FVAE-LoRA layers ran")
+def test_terms_can_be_left_out_and_are_then_not_computed(monkeypatch):
+    calls = []
+    for module, name in ((vae, "token_statistics"), (side_loss, "sums_over_tokens")):
+        original = getattr(module, name)
+        counted = lambda *args, original=original, name=name: calls.append(name) or original(*args)  # noqa: E731
+        monkeypatch.setattr(module, name, counted)
+    model, ids = adapted(), token_ids()
+    with side_loss.collect(model, terms=False) as collected:
+        model(ids)
+    assert calls == [] and set(collected.sums()) == {"num_tokens"}
     with pytest.raises(ValueError, match="terms=False"):
         _ = collected.terms
+    model(ids)  # nor without a collector
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    with side_loss.collect(model) as collected:
+        model(ids, use_cache=False)
+        assert sorted(calls) == ["sums_over_tokens"] * 4 + ["token_statistics"] * 4
+        collected.neg_elbo.backward()
+    assert len(calls) == 8, "recomputation computed statistics that nobody reads"
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_terms_change_no_bit_of_outputs_and_gradients(checkpointed):
+    results = []
+    for terms in (True, False):
+        model = adapted()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        with side_loss.collect(model, terms=terms) as collected:
+            logits = model(token_ids(), use_cache=False).logits
+        (logits.square().mean() + collected.neg_elbo).backward()
+        results.append({"logits": logits, "neg_elbo": collected.neg_elbo, **gradients(model)})
+    assert_same(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_detached_input_changes_only_the_side_loss_gradient_of_the_input(dropout, by_token):
+    noise = TokenNoise({"input_ids": token_ids(1, 5)}, seed=0, step=0) if by_token else None
+    found = {}
+    for detach in (False, True):
+        settings = {"encoder_dropout": dropout, "decoder_dropout": dropout, "detach_input": detach}
+        torch.manual_seed(0)
+        layer = randomise(FVAELinear(nn.Linear(6, 5), "default", tiny_adapter(**settings))).double().train()
+        model = LayerModel(layer)
+        for loss in ("task", "side", "both"):
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+            torch.manual_seed(3)
+            with side_loss.collect(model, noise=noise) as collected:
+                y = model(x)
+            task = 10 * y.square().mean()
+            {"task": task, "side": collected.neg_elbo, "both": task + collected.neg_elbo}[loss].backward()
+            of_x = torch.zeros_like(x) if x.grad is None else x.grad
+            found[detach, loss] = y.detach(), collected.neg_elbo.detach(), of_x, gradients(layer)
+    for loss in ("task", "side", "both"):
+        (*values, of_x, of_parameters), (*expected, _, expected_of_parameters) = found[True, loss], found[False, loss]
+        assert all(map(torch.equal, values, expected))
+        assert torch.equal(of_x, torch.zeros_like(of_x) if loss == "side" else found[False, "task"][2])
+        assert_same(of_parameters, expected_of_parameters, rtol=1e-12, atol=1e-14)
+    assert found[False, "side"][2].any()
 
 
 def test_active_adapters_of_different_rank_report_side_by_side():
@@ -261,7 +327,7 @@ def test_nothing_is_kept_alive(checkpointed):
     for module in model.modules():
         if isinstance(module, FVAELinear):
             module.fvae_vae["default"].register_forward_hook(
-                lambda _, x, out: seen.extend(map(weakref.ref, (*x, *out)))
+                lambda _, x, out: seen.extend(weakref.ref(t) for t in (*x, *out) if torch.is_tensor(t))
             )
     gc.collect()
     before = tensors_of_graphs()
@@ -271,7 +337,7 @@ def test_nothing_is_kept_alive(checkpointed):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss + collected.neg_elbo
         loss.backward()
         del loss, collected
-        assert len(seen) == 4 * 7 * (2 if checkpointed else 1)
+        assert len(seen) == 4 * (8 + (3 if checkpointed else 0))  # recomputation returns no statistics
         assert [ref for ref in seen if ref() is not None] == []
     finally:
         gc.enable()

@@ -6,13 +6,14 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fvae_dist import FVAETrainerMixin
-from fvae_dist.training.batches import find_records, token_mask_of
+from fvae_dist import FVAELoraConfig, FVAETrainerMixin, side_loss
+from fvae_dist.adapter import vae
+from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError, check_trainable_parameters
 from fvae_dist.training.trainer import NonFiniteLossError
@@ -54,7 +55,11 @@ class Gradients(TrainerCallback):
             self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+OF_MIXIN = ("side_loss_tokens", "telemetry", "gradient_split_every")
+
+
 def make_trainer(tmp_path, tokenizer, trainer=SFT, model=None, data=None, eval_data=None, collator=None, **arguments):
+    of_mixin = {key: arguments.pop(key) for key in OF_MIXIN if key in arguments}
     values = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -84,6 +89,7 @@ def make_trainer(tmp_path, tokenizer, trainer=SFT, model=None, data=None, eval_d
         eval_dataset=Dataset.from_list(eval_data) if eval_data else None,
         data_collator=collator or DataCollatorForLanguageModeling(pad_token_id=0),
         processing_class=tokenizer,
+        **of_mixin,
     )
 
 
@@ -254,16 +260,74 @@ def test_non_finite_loss_names_step_and_records(tmp_path, tokenizer):
         trainer.train()
 
 
-def test_padding_mask_of_four_dimensions_is_refused():
-    with pytest.raises(ValueError, match="2-D padding mask"):
-        token_mask_of({"input_ids": torch.zeros(1, 3), "attention_mask": torch.zeros(1, 1, 3, 3)})
+# ------------------------------------------------------------------------------------------------- what can be seen
 
 
-def test_find_records_finds_whole_records_at_token_boundaries():
-    data = Dataset.from_list([{"input_ids": ids} for ids in ([5, 6, 7], [256, 9], [8, 8, 8], [1, 2])])
-    batch = torch.tensor([[5, 6, 7, 0], [0, 256, 9, 0]])
-    assert find_records(data, batch) == [0, 1]
-    assert find_records(data, torch.tensor([[0x0500, 0x0600, 0x0700]])) == []
+def test_labelled_tokens_alone_can_count(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, side_loss_tokens="labelled")
+    trainer.train()
+    batch = pad_rows(rows(8))
+    model = attach(tiny_llama()).train()
+    noise = TokenNoise(batch, seed=5, step=0)
+    with side_loss.collect(model, token_mask=batch["labels"] != -100, noise=noise) as collected:
+        task = task_loss(model, batch)
+    log = trainer.state.log_history[0]
+    assert log["loss/neg_elbo"] == pytest.approx(collected.neg_elbo.item(), rel=RTOL)
+    assert log["loss/task"] == pytest.approx(task.item(), rel=RTOL)
+    assert int(collected.num_tokens) < batch["attention_mask"].sum()
+
+
+def test_telemetry_changes_nothing_and_off_it_computes_nothing(tmp_path, tokenizer, monkeypatch):
+    calls = []
+    compute = vae.token_statistics
+    monkeypatch.setattr(vae, "token_statistics", lambda *args: calls.append(1) or compute(*args))
+    finals = []
+    for telemetry, num_calls in ((True, 2 * 4), (False, 0)):
+        calls.clear()
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            max_steps=3,
+            logging_steps=3,
+            logging_first_step=True,
+            gradient_checkpointing=True,
+            telemetry=telemetry,
+        )
+        trainer.train()
+        # Four layers, in the two steps that are logged; recomputation computes none.
+        assert len(calls) == num_calls
+        lines = [row for row in trainer.state.log_history if "loss/task" in row]
+        assert [row["step"] for row in lines] == [1, 3]
+        assert all(("elbo/nll" in row) == telemetry and "loss/neg_elbo" in row for row in lines)
+        finals.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
+
+
+def test_collapsed_latents_are_warned_of(tmp_path, tokenizer, caplog):
+    """A fresh adapter's mean heads are zero; a learning rate of nothing leaves them so."""
+    model = get_peft_model(tiny_llama(), FVAELoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trainer = make_trainer(tmp_path, tokenizer, model=model, max_steps=4, learning_rate=1e-12)
+    trainer.train()
+    (record,) = [record for record in caplog.records if "collapse" in record.getMessage()]
+    assert "layers.0.self_attn.q_proj" in record.getMessage()
+
+
+@pytest.mark.parametrize("trainer", [SFT, Plain])
+def test_gradients_of_the_losses_apart_are_logged_when_due(tmp_path, tokenizer, trainer):
+    built = make_trainer(tmp_path, tokenizer, trainer, max_steps=4, gradient_split_every=2)
+    built.train()
+    lines = [row for row in built.state.log_history if "loss/task" in row]
+    assert [any(key.startswith("gradient/") for key in row) for row in lines] == [False, True, False, True]
+    norms = {key: value for key, value in lines[1].items() if key.startswith("gradient/")}
+    assert norms["gradient/task/lora_B"] > 0 and norms["gradient/side/decoder"] > 0
+    assert norms["gradient/task/decoder"] == norms["gradient/task/encoder2"] == 0
+
+
+def test_adapter_for_inference_only_is_refused(tmp_path, tokenizer):
+    attach(tiny_llama()).save_pretrained(tmp_path / "adapter", inference_only=True)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"inference_only=True: encoder 2 and decoder are missing"):
+        make_trainer(tmp_path, tokenizer, model=model)
 
 
 # ------------------------------------------------------------------------------------------------- start-up checks
