@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from fvae_dist.training import checkpoint_files
 from fvae_dist.training.recipe import Recipe
 
 RECORDS = [
@@ -72,3 +75,22 @@ def write_recipe(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def make_checkpoint(output: Path, step: int) -> Path:
+    """A whole checkpoint of nothing in particular."""
+
+    def write(folder: Path) -> None:
+        save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+    checkpoint_files.publish(output / f"checkpoint-{step}", write, {"step": step, "global_batch_size": 8})
+    return output / f"checkpoint-{step}"
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Change a checkpoint's manifest and its checksum with it, as somebody who means it would."""
+    manifest = checkpoint_files.read_manifest(folder) | changes
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoint_files._digest(manifest)
+    (folder / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))

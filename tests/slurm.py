@@ -16,13 +16,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PACKAGES = ("slurm-wlm", "munge")
 INSTALL_TIMEOUT_S = 120
 START_TIMEOUT_S = 30
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+_UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 
 CONF = """\
 ClusterName=fvae
@@ -48,7 +50,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 MpiDefault=none
 SlurmdParameters=config_overrides
-KillWait=30
+KillWait=10
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
@@ -115,7 +117,9 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))
+        }
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
         self._daemons: list[subprocess.Popen] = []
 
@@ -128,14 +132,21 @@ class Cluster:
         self.folder.chmod(0o755)  # munged refuses a folder others can write to
         values = {"host": socket.gethostname().partition(".")[0], "ports": _free_ports(3), "user": getpass.getuser()}
         (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, proctrack=proctrack, **values))
-        paths = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+        paths = {
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "log-file": "munged.log",
+            "seed-file": "munge.seed",
+        }
         options = [f"--{option}={self.folder / name}" for option, name in paths.items()]
         self._start("munged", "--foreground", "--force", f"--key-file={key}", *options)
         self._wait("munge.socket", lambda: (self.folder / "munge.socket").exists())
         self._start("slurmctld", "-D")
         self._start("slurmd", "-D", "-N", "n1")
         self._start("slurmd", "-D", "-N", "n2")
-        self._wait("both nodes idle", lambda: self.try_run("sinfo", "-h", "-o", "%T %D").stdout.split() == ["idle", "2"])
+        self._wait(
+            "both nodes idle", lambda: self.try_run("sinfo", "-h", "-o", "%T %D").stdout.split() == ["idle", "2"]
+        )
 
     def run(self, *command: str, folder: Path | None = None) -> str:
         """Output of a command that has to succeed."""
@@ -145,13 +156,50 @@ class Cluster:
 
     def try_run(self, *command: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, cwd=folder, env=self.environment | environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of a job: JobState, ExitCode, Restarts, RunTime, ..."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", number)
+        return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
+
+    def wait_for_end(self, *numbers: str, timeout_s: float = 120) -> None:
+        """Wait until no job given is pending, running or completing; a requeued one starts without SLURM's two minutes.
+
+        Raises:
+            TimeoutError: with the jobs that are left.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            states = {number: self.job(number)["JobState"] for number in numbers}
+            left = {number: state for number, state in states.items() if state in _UNFINISHED}
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"jobs did not end: {left}")
+            for number, state in left.items():
+                if state == "PENDING":
+                    self.try_run("scontrol", "update", f"JobId={number}", "StartTime=now")
+            time.sleep(0.5)
+
+    def cancel_all(self) -> None:
+        """End all jobs, at once."""
+        self.try_run("scancel", "--full", "--signal=KILL", "--me")
+        self.try_run("scancel", "--me")
+        deadline = time.monotonic() + 30
+        while self.try_run("squeue", "--noheader").stdout and time.monotonic() < deadline:
+            time.sleep(0.5)
 
     def stop(self) -> None:
         """End jobs, then daemons, then what is left of either."""
-        self.try_run("scancel", "--full", "--signal=KILL", "--me")
-        self.try_run("scancel", "--me")
+        self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
@@ -162,7 +210,7 @@ class Cluster:
                 daemon.wait()
         # Jobs and their slurmstepd are no children of ours; SLURM_CONF in their environment names this folder.
         for pid in self.processes():
-            with _gone_is_fine():
+            with suppress(*_GONE):
                 os.kill(pid, signal.SIGKILL)
 
     def processes(self) -> list[int]:
@@ -171,7 +219,7 @@ class Cluster:
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with _gone_is_fine():
+                with suppress(*_GONE):
                     if mark in (entry / "environ").read_bytes().split(b"\0"):
                         found.append(int(entry.name))
         return found
@@ -202,14 +250,6 @@ class Cluster:
     def _last_words(self, program: str | None) -> str:
         logs = self.folder.glob(f"{program or 'slurmctld'}*.out")
         return " / ".join(line for log in logs for line in log.read_text().strip().splitlines()[-2:])
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        pass
 
 
 def _missing() -> list[str]:

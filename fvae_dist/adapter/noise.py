@@ -5,9 +5,9 @@ pure function of (seed, step, layer, document, position) instead: the same token
 micro-batch, on whatever rank, padded or packed, so that a run does not depend on how it was laid out.
 
 The stream: a token's key is a 64-bit hash of its document's tokens and of its position in it; the layer's salt is a
-hash of seed, step and the layer's name; word c of a token is splitmix64's finalizer of key + salt + c * GOLDEN. A
-word's halves give two uniforms: a Box-Muller pair (one normal for z1, one for z2), or two dropout decisions. Two
-documents with equal tokens in one step share their noise.
+hash of seed, step and the layer's name (and, if it runs more than once, which time it is); word c of a token is
+splitmix64's finalizer of key + salt + c * GOLDEN. A word's halves give two uniforms: a Box-Muller pair (one normal for
+z1, one for z2), or two dropout decisions. Two documents with equal tokens in one step share their noise.
 
 Sources: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014); Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3" (2011) for counter-based streams.
@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -76,9 +78,6 @@ class LayerNoise:
         counters = torch.arange(count, device=device) * _GOLDEN + self.salt
         return _mix(self.keys.to(device)[:, None] + counters)
 
-    def keep_alive(self, gradient: Tensor) -> None:
-        """A tensor hook that does nothing: the graph that a recomputation belongs to keeps its noise findable."""
-
 
 class TokenNoise:
     """Layout-independent noise for the forward of one batch; give it to `side_loss.collect(model, noise=...)`.
@@ -120,7 +119,8 @@ def token_keys(input_ids: Tensor, attention_mask: Tensor | None = None, position
     starts = (position == 0) & (real == 1)
     starts[:, 0] = True
     document = starts.flatten().cumsum(0) - 1
-    token = _mix(input_ids.long() * _GOLDEN + _mix(position.long() + 1)) * real
+    position = position.long()  # 32 bits would overflow
+    token = _mix(input_ids.long() * _GOLDEN + _mix(position + 1)) * real
     content = torch.zeros_like(document).index_add_(0, document, token.flatten())
     return _mix(content[document].view_as(input_ids) + position * _GOLDEN)
 
@@ -128,8 +128,11 @@ def token_keys(input_ids: Tensor, attention_mask: Tensor | None = None, position
 # ----------------------------------------------------------------------------------- finding it again in recomputation
 
 GENERATOR = GeneratorNoise()
-# Ticket -> stream of a forward whose graph is alive.
-_live: WeakValueDictionary[int, LayerNoise] = WeakValueDictionary()
+Noise = GeneratorNoise | LayerNoise
+# Ticket -> the noise of the forwards that drew it and whose graphs are alive.
+_live: dict[int, list[ReferenceType[_Remembered]]] = {}
+# Of forwards without a graph of their own (frozen, first in the model), whose region may be recomputed all the same.
+_without_graph: deque[tuple[int, Noise]] = deque(maxlen=512)
 
 
 def draw_ticket() -> int:
@@ -138,7 +141,7 @@ def draw_ticket() -> int:
     It is what a layer can know a forward by in both of its runs: by then the forward's caller and its batch are gone,
     and other batches may have run in between.
     """
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 def in_backward() -> bool:
@@ -146,28 +149,64 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def remember(ticket: int, stream: LayerNoise, outputs: tuple[Tensor, ...]) -> None:
-    """Make the stream findable by its ticket for as long as the graph of one of `outputs` lives."""
+class _Remembered:
+    """Holds one forward's noise; the graph holds it."""
+
+    def __init__(self, ticket: int, noise: Noise):
+        self.ticket = ticket
+        self.noise = noise
+
+    def keep_alive(self, gradient: Tensor) -> None:
+        """A tensor hook that does nothing."""
+
+
+def remember(ticket: int, noise: Noise, outputs: tuple[Tensor, ...]) -> None:
+    """Make the noise findable by its ticket for as long as the graph of one of `outputs` lives."""
+    if not torch.is_grad_enabled():
+        return
     needed = [output for output in outputs if output.requires_grad]
-    if needed:
-        _live[ticket] = stream
+    if not needed:
+        _without_graph.append((ticket, noise))
+        return
+    remembered = _Remembered(ticket, noise)
+    _live.setdefault(ticket, []).append(ref(remembered, partial(_forget, ticket)))
     for output in needed:
-        output.register_hook(stream.keep_alive)
+        output.register_hook(remembered.keep_alive)
 
 
-def recall(ticket: int) -> GeneratorNoise | LayerNoise:
+def _forget(ticket: int, reference: ReferenceType[_Remembered]) -> None:
+    references = _live.get(ticket, [])
+    if reference in references:
+        references.remove(reference)
+    if not references:
+        _live.pop(ticket, None)
+
+
+def recall(ticket: int) -> Noise:
     """The noise of the forward that is being recomputed.
 
     Raises:
         RuntimeError: it cannot be told, and other noise would give silently wrong gradients.
     """
-    found = _live.get(ticket)
-    if found is None and _live:
+    alive = [remembered.noise for reference in _live.get(ticket, []) if (remembered := reference()) is not None]
+    found = alive or [noise for other, noise in _without_graph if other == ticket]
+    if not found:
         raise RuntimeError(
             "recomputation cannot find the noise of its forward: checkpointing must restore the random state "
             "(preserve_rng_state=True)"
         )
-    return found or GENERATOR
+    if not all(_is_same(found[0], other) for other in found[1:]):
+        raise RuntimeError(
+            "recomputation cannot tell the noise of its forward from another's that began in the same random state; "
+            "do not reseed between forwards whose backward passes are still to come"
+        )
+    return found[0]
+
+
+def _is_same(a: Noise, b: Noise) -> bool:
+    if isinstance(a, LayerNoise) and isinstance(b, LayerNoise):
+        return a.salt == b.salt and (a.keys is b.keys or torch.equal(a.keys, b.keys))
+    return type(a) is type(b)
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -195,5 +234,5 @@ def _halves(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(half: Tensor, dtype: torch.dtype) -> Tensor:
-    """(0, 1], in 2^32 steps."""
-    return (half.to(dtype) + 0.5) * 2.0**-HALF_BITS
+    """(0, 1) in 2^24 steps, which fp32 holds exactly."""
+    return ((half >> 8).to(dtype) + 0.5) * 2.0**-24

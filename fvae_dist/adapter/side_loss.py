@@ -25,16 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fvae_dist.adapter.config import FVAELoraConfig
-from fvae_dist.adapter.noise import (
-    GENERATOR,
-    GeneratorNoise,
-    LayerNoise,
-    TokenNoise,
-    draw_ticket,
-    in_backward,
-    recall,
-    remember,
-)
+from fvae_dist.adapter.noise import GENERATOR, Noise, TokenNoise, draw_ticket, in_backward, recall, remember
 from fvae_dist.adapter.telemetry import TokenStatistics, sums_over_tokens, terms_from_sums
 
 _open_collectors: list[Collector] = []
@@ -171,8 +162,11 @@ class Collector:
     def accepts(self, layer: nn.Module) -> bool:
         return layer in self._names
 
-    def name_of(self, layer: nn.Module) -> str:
-        return self._names[layer]
+    def stream_of(self, layer: nn.Module, adapter: str) -> str:
+        """A name for the noise of the layer's next report; one that runs again draws anew."""
+        entry = self._entries.get((layer, adapter))
+        again = f"/{len(entry.reports)}" if entry else ""
+        return f"{self._names[layer]}/{adapter}{again}"
 
     def add(self, layer: Any, adapter: str, neg_elbo: Tensor, statistics: TokenStatistics | None) -> None:
         """Take one layer's report: neg_elbo (...), one value a token."""
@@ -259,22 +253,20 @@ class LayerForward:
         self._ticket = draw_ticket()
         self._collector: Collector | None = None
         self._is_recomputation = in_backward()
-        self.noise: GeneratorNoise | LayerNoise = GENERATOR
+        self.noise: Noise = GENERATOR
         if self._is_recomputation:
             self.noise = recall(self._ticket)
         else:
             self._collector = next((c for c in reversed(_open_collectors) if c.accepts(layer)), None)
             if self._collector is not None and self._collector.noise is not None:
-                name = f"{self._collector.name_of(layer)}/{adapter}"
-                self.noise = self._collector.noise.of_layer(name, num_tokens)
+                self.noise = self._collector.noise.of_layer(self._collector.stream_of(layer, adapter), num_tokens)
         self.with_statistics = self._collector is not None and self._collector.with_terms
 
     def report(self, z1: Tensor, neg_elbo: Tensor, *statistics: Tensor) -> None:
         """Hand over what the VAE returned. Recomputation reports to nobody."""
         if self._is_recomputation:
             return
-        if isinstance(self.noise, LayerNoise):
-            remember(self._ticket, self.noise, (z1, neg_elbo))
+        remember(self._ticket, self.noise, (z1, neg_elbo))
         if self._collector is None:
             _warn_uncollected(neg_elbo)
         else:

@@ -16,14 +16,15 @@ from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.objective import LOGVAR_LIMIT, TokenTerms, factorization, wide
 
 ACTIVE_VARIANCE = 0.01
-# Tokens of a forward, evenly spaced, on which the reconstruction's R^2 is measured: it needs passes over all of D.
+# Tokens of a forward on which the reconstruction's R^2 is measured: it needs passes over all of D.
 R2_TOKENS = 2048
+_GOLDEN_RATIO = 0.6180339887498949
 PER_TOKEN = ("nll", "kl_z1", "z1_sq", "z2_sq", "neg_elbo", "wasserstein", "clamped")
 
 
 class TokenStatistics(NamedTuple):
-    """Of one layer's forward, detached, fp32: `per_token` (len(PER_TOKEN), ...); mean1, mean2 (..., R); for every
-    `r2_stride`-th token x (S, D) and the squared error of its reconstruction (S,)."""
+    """Of one layer's forward, detached, fp32: `per_token` (len(PER_TOKEN), ...); mean1, mean2 (..., R); for the tokens
+    `r2_sample` x (S, D) and the squared error of its reconstruction (S,)."""
 
     per_token: Tensor
     mean1: Tensor
@@ -42,13 +43,17 @@ def token_statistics(
     wasserstein = ((mean1 - mean2).square() + spread.square()).sum(-1).sqrt()
     clamped = (torch.cat([logvar1, logvar2], dim=-1).abs() >= LOGVAR_LIMIT).to(neg_elbo.dtype).mean(-1)
     per_token = torch.stack([terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, wasserstein, clamped])
-    stride = r2_stride(neg_elbo.numel())
-    x, xhat = (wide(part.reshape(-1, part.shape[-1])[::stride]) for part in (x, xhat))
-    return TokenStatistics(per_token, mean1, mean2, x, (x - xhat).square().sum(-1))
+    sample = r2_sample(neg_elbo.numel(), x.device)
+    x, xhat = (wide(part.detach().reshape(-1, part.shape[-1])[sample]) for part in (x, xhat))
+    return TokenStatistics(per_token, mean1.detach(), mean2.detach(), x, (x - xhat).square().sum(-1))
 
 
-def r2_stride(num_tokens: int) -> int:
-    return max(1, -(-num_tokens // R2_TOKENS))
+def r2_sample(num_tokens: int, device: torch.device) -> Tensor | slice:
+    """Which of a forward's tokens R^2 is measured on: spread evenly, but in step with no period of the data."""
+    if num_tokens <= R2_TOKENS:
+        return slice(None)
+    spread = (torch.arange(R2_TOKENS, dtype=torch.float64, device=device) * _GOLDEN_RATIO) % 1
+    return (spread * num_tokens).long()
 
 
 @torch.no_grad()
@@ -61,10 +66,11 @@ def sums_over_tokens(statistics: TokenStatistics, mask: Tensor) -> dict[str, Ten
     weights = mask.flatten()
     sums = dict(zip(PER_TOKEN, statistics.per_token.flatten(1) @ weights, strict=True))
     for key in ("mean1", "mean2"):
-        mean = getattr(statistics, key).flatten(0, -2)
-        sums[key] = weights @ mean
-        sums[f"{key}_sq"] = weights @ mean.square()
-    weights = weights[:: r2_stride(len(weights))]
+        # A variance as a difference of sums: in fp32 a mean far from 0 would drown it.
+        mean = getattr(statistics, key).flatten(0, -2).double()
+        sums[key] = weights.double() @ mean
+        sums[f"{key}_sq"] = weights.double() @ mean.square()
+    weights = weights[r2_sample(len(weights), weights.device)]
     count = weights.sum().double()
     mean = (weights @ statistics.x).double() / count.clamp(min=1)
     sums["r2_tokens"] = count
@@ -83,7 +89,7 @@ def terms_from_sums(sums: dict[str, Tensor], configs: list[FVAELoraConfig]) -> d
     wasserstein: mean over tokens of the 2-Wasserstein distance between q1 and q2.
     active_z1, active_z2: dimensions whose mean varies over tokens by more than 0.01 (Burda et al., arXiv 1509.00519).
     r2: 1 - squared error of the reconstruction / scatter of the input, over up to 2048 tokens of each forward; 0: the
-        decoder does no better than the input's mean.
+        decoder does no better than the input's mean, or the input does not vary.
     clamped: share of both encoders' log-variances that stand at their limit of +-20.
     """
     num_tokens = sums["num_tokens"].clamp(min=1)
@@ -91,10 +97,11 @@ def terms_from_sums(sums: dict[str, Tensor], configs: list[FVAELoraConfig]) -> d
     for latent in ("1", "2"):
         mean = sums[f"mean{latent}"] / num_tokens[:, None]
         variance = sums[f"mean{latent}_sq"] / num_tokens[:, None] - mean.square()
-        terms[f"active_z{latent}"] = (variance > ACTIVE_VARIANCE).sum(-1).to(mean.dtype)
+        terms[f"active_z{latent}"] = (variance > ACTIVE_VARIANCE).sum(-1).to(num_tokens.dtype)
     between = sums["x_mean_sq"] - sums["x_mean"].square().sum(-1) / sums["r2_tokens"].clamp(min=1)
-    scatter = (sums["x_within"] + between).clamp(min=torch.finfo(torch.float32).tiny)
-    terms["r2"] = (1 - sums["x_error"] / scatter).to(num_tokens.dtype)
+    scatter = sums["x_within"] + between
+    is_varied = scatter > torch.finfo(torch.float32).tiny
+    terms["r2"] = torch.where(is_varied, 1 - sums["x_error"] / scatter, 0.0).to(num_tokens.dtype)
     gamma = [
         factorization(z1_sq, z2_sq, config)
         for z1_sq, z2_sq, config in zip(terms["z1_sq"], terms["z2_sq"], configs, strict=True)

@@ -1,8 +1,9 @@
 """The VAE that replaces LoRA's down-projection: two encoders, the sampling, the decoder.
 
-Parameters are fp32 and stay so (see `Fp32Module`). The products over D run in the dtype of x; everything narrower, the
-sampling and the statistics in fp32. Each weight is used only in the forward of the module that owns it and every
-forward returns plain tensors: that is what ZeRO-3's gathering hooks need.
+Parameters are fp32 and stay so (see `Fp32Module`). The encoders' products over D take x as it is and give fp32, the
+decoder's runs in the dtype of x; everything narrower, the sampling and the statistics in fp32. Each weight is used only
+in the forward of the module that owns it and every forward returns plain tensors: that is what ZeRO-3's gathering hooks
+need.
 """
 
 from __future__ import annotations
@@ -52,13 +53,46 @@ class CastLinear(nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)
 
 
+class _WideProduct(torch.autograd.Function):
+    """x @ weight.T with the weight's fp32 values and an fp32 result, for a 16-bit x; x is kept as it is.
+
+    In 16 bits the result would be rounded before a ReLU, or before the exponential of a log-variance: units switch,
+    and encoder gradients are off by several percent, or all of it beside outlier features.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight.to(x.dtype))
+        return x.float().mm(weight.t())
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        x, weight = ctx.saved_tensors
+        if x.dtype == torch.float16:  # whose range the gradient may leave
+            gradient = gradients[0]
+            return gradient.mm(weight.float()).to(x.dtype), gradient.t().mm(x.float())
+        gradient = gradients[0].to(x.dtype)
+        return gradient.mm(weight), gradient.t().mm(x).float()
+
+
+class InputLinear(CastLinear):
+    """The first linear over D: as `CastLinear`, but its result is fp32 and as exact as the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in NARROW:
+            return super().forward(input)
+        output = _WideProduct.apply(input.reshape(-1, self.in_features), self.weight)
+        return (output + self.bias).view(*input.shape[:-1], self.out_features)
+
+
 class MLP(nn.Module):
     """num_layers x (linear -> ReLU -> dropout); the identity for num_layers = 0."""
 
-    def __init__(self, features_in: int, hidden: int, num_layers: int, dropout: float):
+    def __init__(self, features_in: int, hidden: int, num_layers: int, dropout: float, linear: type = CastLinear):
         super().__init__()
         widths = [features_in] + [hidden] * num_layers
-        self.linears = nn.ModuleList(CastLinear(a, b) for a, b in pairwise(widths))
+        kinds = [linear] + [CastLinear] * num_layers
+        self.linears = nn.ModuleList(kind(a, b) for kind, (a, b) in zip(kinds, pairwise(widths)))
         self.dropout = dropout
 
     @property
@@ -67,7 +101,7 @@ class MLP(nn.Module):
         return [(linear.out_features, self.dropout) for linear in self.linears]  # type: ignore[misc]
 
     def forward(self, x: Tensor, keeps: Sequence[Tensor | None] | None = None) -> Tensor:
-        """(..., features_in) -> (..., hidden), fp32; only the first product runs in the dtype of x.
+        """(..., features_in) -> (..., hidden), fp32.
 
         `keeps`: for each hidden layer what its dropout keeps, (..., hidden) boolean, or None for all.
         """
@@ -79,19 +113,19 @@ class MLP(nn.Module):
 
 
 class Encoder(nn.Module):
-    """q(z|x) = N(mean(x), diag exp(logvar(x))): trunk(s) in the dtype of x, heads in fp32, zero at the start."""
+    """q(z|x) = N(mean(x), diag exp(logvar(x))): fp32 from the first product on; heads zero at the start."""
 
     def __init__(self, in_features: int, config: FVAELoraConfig):
         super().__init__()
-        args = (in_features, config.encoder_hidden, config.encoder_layers, config.encoder_dropout)
+        args = (in_features, config.encoder_hidden, config.encoder_layers, config.encoder_dropout, InputLinear)
         width = config.encoder_hidden if config.encoder_layers else in_features
         self.trunk = MLP(*args)
         self.logvar_trunk = None if config.encoder_shared_trunk else MLP(*args)
-        self.mean = CastLinear(width, config.r)
-        self.logvar = CastLinear(width, config.r)
-        for head in (self.mean, self.logvar):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        head = CastLinear if config.encoder_layers else InputLinear
+        self.mean = head(width, config.r)
+        self.logvar = head(width, config.r)
+        for parameter in (*self.mean.parameters(), *self.logvar.parameters()):
+            nn.init.zeros_(parameter)
 
     @property
     def dropouts(self) -> list[tuple[int, float]]:

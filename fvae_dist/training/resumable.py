@@ -84,6 +84,7 @@ class ResumableTrainerMixin(_TrainerBase):
 
     # Narrower than the trainer declares them.
     model: Any
+    optimizer: Any
     lr_scheduler: Any
     state: Any
 

@@ -88,13 +88,13 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     if training.gradient_checkpointing_kwargs.get("selective") and zero_stage(deepspeed) == 3:
         raise RecipeError("training.gradient_checkpointing_kwargs: selective: TRL refuses it under ZeRO-3; use stage 2")
     attention, reason = choose_attention(recipe.model, use_cpu)
+    checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
+    if not dry_run:
+        check_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, resume is not None)
     is_first = _env_int("RANK", 0) == 0
     lock = lock_output_dir(training.output_dir) if is_first and not dry_run else None
     if lock is not None:
         remove_leftovers(Path(training.output_dir))
-    checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
-    if not dry_run:
-        check_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, resume is not None)
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)

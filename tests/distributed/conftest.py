@@ -75,7 +75,13 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
 
 def one_rank(folder: Path, **arguments: Any) -> Any:
     """Four steps of eight rows in one process, saved after the second."""
-    settings = {"per_device_train_batch_size": 8, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "linear",
+    }
     return one_process(folder / "model", folder / "out" / "one_rank", rows(40), **settings | arguments)
 
 

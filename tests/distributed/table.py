@@ -28,7 +28,9 @@ def main() -> None:
         ranks = run_ranks(folder, tuple(layouts.LAYOUTS))
         model = attach(load(folder / "model")).train()
         expected = layouts.reference_step(model, pad_rows(layouts.documents()))
-        print("| sharding | trainer | checkpointing | micro-batch x accumulation | documents | task | side | gradient |")
+        print(
+            "| sharding | trainer | checkpointing | micro-batch x accumulation | documents | task | side | gradient |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for layout, (trainer, stage, checkpointing, _, form) in layouts.LAYOUTS.items():
             settings = layouts.settings(layout)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 
-from fvae_dist.training.checkpoints import what_is_missing
+from fvae_dist.training.checkpoint_files import problem_with
+from fvae_dist.training.recipe import RecipeError
+from fvae_dist.training.resumable import OPTIMIZER_FILE
 from fvae_dist.training.saving import ADAPTER_FILE
 from tests.distributed.layouts import one_process, task_loss
 from tests.distributed.tiny import load, pad_rows, rows
@@ -196,17 +200,67 @@ def test_resume_continues_bit_for_bit(two_ranks):
 
 def test_checkpoint_holds_adapters_only(two_ranks):
     checkpoint = two_ranks.folder / "out" / "resume" / "checkpoint-2"
-    assert what_is_missing(checkpoint) == ""
-    assert not list(checkpoint.rglob("training_args.bin"))
+    assert problem_with(checkpoint) == ""
+    trained = two_ranks.result("resume")["resumed"]["final"]
+    assert set(adapter_on_disk(checkpoint)) == {on_disk_name(name) for name in trained}
+    moments = load_file(checkpoint / OPTIMIZER_FILE)
+    assert {key: value.shape for key, value in moments.items()} == {
+        f"{moment}/{name}": value.shape for moment in ("exp_avg", "exp_avg_sq") for name, value in trained.items()
+    }
+    assert not [path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
+
+
+ELASTIC_RTOL = 1e-5
+
+
+def losses(log):
+    keys = ("step", "loss/task", "loss/neg_elbo", "loss", "learning_rate")
+    return [[row[key] for key in keys] for row in log if "loss/task" in row]
+
+
+@pytest.mark.parametrize("layout", ["zero3", "zero2", "zero0", "ddp"])
+def test_one_rank_goes_on_as_two(two_ranks, layout):
+    """Four steps in one process against two in it and two on two ranks, with other micro-batches and accumulation."""
+    output = two_ranks.folder / "out" / "one_rank"
+    expected = losses(json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"])
+    final = adapter_on_disk(output / "checkpoint-4")
     for rank in range(2):
-        states = torch.load(
-            checkpoint / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", weights_only=False
-        )
-        assert not states.get("frozen_param_fragments")
-        assert all("fvae_" in name for name in states["module"])
-    num_values = sum(value.numel() for value in two_ranks.result("resume")["resumed"]["final"].values())
-    shards = sum(path.stat().st_size for path in (checkpoint / "global_step2").glob("*optim_states.pt"))
-    assert shards < 3 * 4 * num_values + 40_000  # master and two moments, and pickle's own bytes
+        result = two_ranks.result("elastic", rank)[layout]
+        assert result["stage"] == {"zero3": 3, "zero2": 2, "zero0": 0, "ddp": None}[layout]
+        for actual, wanted in zip(losses(result["log"]), expected, strict=True):
+            assert actual == pytest.approx(wanted, rel=ELASTIC_RTOL)
+        for name, value in result["final"].items():
+            torch.testing.assert_close(value, final[on_disk_name(name)], rtol=0, atol=ELASTIC_RTOL)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_two_ranks_go_on_as_one(two_ranks, tmp_path, step):
+    """From the middle of the first epoch and of the second; the last steps of both are incomplete."""
+    trainer = one_process(
+        two_ranks.folder / "model",
+        tmp_path,
+        rows(11),
+        resume=two_ranks.folder / "out" / "whole_run" / f"checkpoint-{step}",
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        lr_scheduler_type="linear",
+    )
+    result = two_ranks.result("whole_run")
+    for actual, wanted in zip(losses(trainer.state.log_history), losses(result["log"]), strict=True):
+        assert actual == pytest.approx(wanted, rel=ELASTIC_RTOL)
+    for name, value in result["final"].items():
+        final = trainer.model.get_parameter(name).detach()
+        torch.testing.assert_close(value, final, rtol=0, atol=ELASTIC_RTOL)
+
+
+def test_other_base_model_or_global_batch_is_refused(two_ranks, tmp_path):
+    checkpoint = two_ranks.folder / "out" / "one_rank" / "checkpoint-2"
+    with pytest.raises(RecipeError, match="a global batch of 8 sequences, this run has 4"):
+        one_process(two_ranks.folder / "model", tmp_path, rows(40), resume=checkpoint, per_device_train_batch_size=4)
+    other = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    rewrite_manifest(other, base_fingerprint="another")
+    with pytest.raises(RecipeError, match="was trained on another base model"):
+        one_process(two_ranks.folder / "model", tmp_path, rows(40), resume=other, per_device_train_batch_size=8)
 
 
 def test_lora_baseline_trains_logs_and_saves(two_ranks):
@@ -257,6 +311,6 @@ def test_non_finite_loss_on_one_rank_stops_all(two_ranks):
 def test_last_checkpoint_before_a_non_finite_loss_loads(two_ranks):
     output = two_ranks.folder / "out" / "non_finite"
     assert not (output / "checkpoint-3").exists()
-    assert what_is_missing(output / "checkpoint-2") == ""
+    assert problem_with(output / "checkpoint-2") == ""
     model = PeftModel.from_pretrained(load(two_ranks.folder / "model"), output / "checkpoint-2")
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -444,8 +444,9 @@ def elastic(folder: Path) -> dict[str, Any]:
         "zero0": {"stage": 0, "micro_batch": 4, "accumulation": 1},
         "ddp": {"stage": None, "micro_batch": 2, "accumulation": 2},
     }
+    arguments = {"lr_scheduler_type": "linear"}
     return {
-        name: Run(folder, f"elastic_{name}", steps=4, num_rows=40, **split).train(resume=checkpoint)
+        name: Run(folder, f"elastic_{name}", steps=4, num_rows=40, arguments=arguments, **split).train(checkpoint)
         for name, split in splits.items()
     }
 

@@ -1,6 +1,5 @@
 """Bad input through the command: exit code 2 and one line that names file, line or key, before anything heavy."""
 
-import json
 import os
 import shutil
 import socket
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from fvae_dist.cli import main, train_command
-from tests.recipes import make_model_folder, recipe_values, write_recipe, write_records
+from fvae_dist.training.control import lock_output_dir
+from tests.recipes import make_checkpoint, make_model_folder, recipe_values, write_recipe, write_records
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 180
@@ -188,15 +187,6 @@ def test_bad_arguments_are_one_line(capsys, tmp_path, monkeypatch, arguments, li
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
-def make_checkpoint(output: Path, step: int) -> Path:
-    folder = output / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")
-    (folder / "optimizer.pt").touch()
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return folder
-
-
 def test_earlier_run_is_refused_and_kept(refused, values):
     output = Path(values["training"]["output_dir"])
     make_checkpoint(output, 5)
@@ -205,11 +195,18 @@ def test_earlier_run_is_refused_and_kept(refused, values):
     assert sorted(output.rglob("*")) == before
 
 
-def test_resume_from_an_incomplete_checkpoint_is_refused(refused, values):
+def test_resume_from_a_damaged_checkpoint_is_refused(refused, values):
     folder = make_checkpoint(Path(values["training"]["output_dir"]), 5)
-    (folder / "optimizer.pt").unlink()
-    assert refused("--resume", str(folder)).endswith("not a complete checkpoint: the optimizer's state is missing")
-    assert refused("--resume", "nowhere") == "--resume nowhere: not a complete checkpoint: no such folder"
+    (folder / "trainer_state.json").unlink()
+    assert refused("--resume", str(folder)).endswith("not a whole checkpoint: trainer_state.json is missing")
+    assert refused("--resume", "nowhere") == "--resume nowhere: not a whole checkpoint: no such folder"
+
+
+def test_folder_in_use_by_another_run_is_refused(refused, values):
+    output = Path(values["training"]["output_dir"])
+    with lock_output_dir(output):
+        line = refused()
+    assert line.startswith(f"training.output_dir: {output} is in use by process {os.getpid()} on ")
 
 
 def test_resume_auto_takes_the_newest_complete_checkpoint(values, monkeypatch):
@@ -218,7 +215,7 @@ def test_resume_auto_takes_the_newest_complete_checkpoint(values, monkeypatch):
         make_checkpoint(output, step)
     (output / "checkpoint-15" / "adapter_model.safetensors").unlink()
     seen = []
-    monkeypatch.setattr("fvae_dist.training.run.train", lambda prepared: seen.append(prepared.checkpoint))
+    monkeypatch.setattr("fvae_dist.training.run.train", lambda prepared, stop: seen.append(prepared.checkpoint) or {})
     assert train_command(["--config", str(write_recipe(Path.cwd(), values)), "--resume", "auto"]) == 0
     assert seen == [str(output / "checkpoint-10")]
 

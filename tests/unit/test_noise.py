@@ -301,8 +301,8 @@ def test_stream_is_the_documented_one():
         key = mix(content + at * GOLDEN & MASK)
         words = [mix(key + salt + counter * GOLDEN & MASK) for counter in range(R + 7)]
         highs, lows = ([word >> 32 for word in words], [word & 0xFFFFFFFF for word in words])
-        radius = [math.sqrt(-2 * math.log((high + 0.5) / 2**32)) for high in highs[:R]]
-        angle = [2 * math.pi * (low + 0.5) / 2**32 for low in lows[:R]]
+        radius = [math.sqrt(-2 * math.log(((high >> 8) + 0.5) / 2**24)) for high in highs[:R]]
+        angle = [2 * math.pi * ((low >> 8) + 0.5) / 2**24 for low in lows[:R]]
         for eps, turn in zip(drawn[:2], (math.cos, math.sin)):
             expected = [r * turn(a) for r, a in zip(radius, angle)]
             assert eps[0, at].tolist() == pytest.approx(expected, abs=1e-12)

@@ -418,25 +418,6 @@ BF16_RTOL = 1.6e-2
 
 
 @BF16_CASES
-def test_bf16_gradients_behind_the_last_relu_are_those_of_float64(features, with_outliers, objective):
-    for seed in range(3):
-        errors = bf16_errors(features, with_outliers, seed, objective)
-        checked = {name: e for name, e in errors.items() if name.startswith(("decoder.output", "decoder.scale"))}
-        assert len(checked) == 3 and max(checked.values()) < BF16_RTOL / 2, checked
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_bf16_gradients_of_ordinary_inputs_are_near_those_of_float64(objective):
-    for features, seed in itertools.product((256, 1024), range(3)):
-        errors = bf16_errors(features, False, seed, objective)
-        assert max(errors.values()) < 0.1, errors
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="trunk weights and products are rounded to bf16 before ReLU and exponential, so that some units switch",
-)
-@BF16_CASES
 def test_bf16_gradients_are_those_of_float64(features, with_outliers, objective):
     for seed in range(3):
         errors = bf16_errors(features, with_outliers, seed, objective)
