@@ -82,7 +82,9 @@ def make_checkpoint(output: Path, step: int) -> Path:
 
     def write(folder: Path) -> None:
         save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors")
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "adapter_config.json").write_text("{}")
+        state = {"global_step": step, "log_history": [{"step": step, "loss/task": 1.5}, {"eval_loss": 2.0}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
 
     checkpoint_files.publish(output / f"checkpoint-{step}", write, {"step": step, "global_batch_size": 8})
     return output / f"checkpoint-{step}"

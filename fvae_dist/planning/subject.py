@@ -131,13 +131,19 @@ def describe(config: PretrainedConfig, settings: Settings, attach: Attach) -> Su
 
     Args:
         attach: freezes the base it is given, injects the adapter and returns the PEFT model.
+
+    Raises:
+        PlanError: the model has no list of decoder layers.
     """
     bare, adapted = _build(config, settings), _build(config, settings)
     adapted = attach(adapted).train()
     base: Any = adapted.get_base_model()  # type: ignore[operator]
     text_config = config.get_text_config()
     num_layers = text_config.num_hidden_layers
-    holder, name = find_layers(base, num_layers)
+    try:
+        holder, name = find_layers(base, num_layers)
+    except ValueError as error:
+        raise PlanError(f"cannot be planned: {error}") from None
     layers = list(getattr(holder, name))
     adapted_layers = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
     # Of unlike layers (a mixture's first ones are dense) the largest.

@@ -53,7 +53,12 @@ def choice_of(recipe: Recipe, subject: Subject, deepspeed: dict[str, Any] | None
     config = copy.deepcopy(deepspeed)
     if config is not None:
         size_for_adapter(config, subject.trainable_sizes, subject.base_sizes)
-    return Choice(recipe.training.deepspeed or WITHOUT_DEEPSPEED, config, recompute)
+    return Choice(own_config(recipe), config, recompute)
+
+
+def own_config(recipe: Recipe) -> str:
+    """The path of the recipe's DeepSpeed configuration, or "null"."""
+    return str(Path(recipe.training.deepspeed)) if recipe.training.deepspeed else WITHOUT_DEEPSPEED
 
 
 def own_recompute(recipe: Recipe) -> Recompute:
@@ -82,11 +87,9 @@ def make_choice(
 
 def deepspeed_configs(recipe: Recipe) -> list[str]:
     """The configurations to choose from: those in the folder of the recipe's own, or in ds_configs/."""
-    own = recipe.training.deepspeed
-    folder = Path(own).parent if own else Path("ds_configs")
-    found = sorted(str(path) for path in folder.glob("*.json"))
-    names = [own or WITHOUT_DEEPSPEED, *found]
-    return list(dict.fromkeys(names))
+    own = own_config(recipe)
+    folder = Path("ds_configs") if own == WITHOUT_DEEPSPEED else Path(own).parent
+    return list(dict.fromkeys([own, *sorted(str(path) for path in folder.glob("*.json"))]))
 
 
 def overrides_of(recipe: Recipe, choice: Choice) -> dict[str, Any]:

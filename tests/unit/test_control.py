@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fvae_dist.training.control import EXIT_RESUME, EXIT_STALLED, StopSignal, lock_output_dir
+from fvae_dist.training import control
+from fvae_dist.training.control import (
+    EXIT_RESUME,
+    EXIT_STALLED,
+    LOCK_FILE,
+    StallWatchdog,
+    StopSignal,
+    lock_output_dir,
+)
 from fvae_dist.training.recipe import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -18,20 +26,17 @@ ROOT = Path(__file__).parents[2]
 def start(code: str) -> subprocess.Popen:
     """A process that prints "ready" when it is to be disturbed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_before_training_ends_the_process_at_once(number):
+def test_signal_before_training_ends_the_process_at_once():
     process = start(
         "import time; from fvae_dist.training.control import StopSignal\n"
         "stop = StopSignal().listen(); print('ready', flush=True); time.sleep(60)"
     )
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(20) == EXIT_RESUME
 
 
@@ -47,26 +52,48 @@ def test_signal_in_training_is_only_noted():
             signal.signal(number, signal.SIG_DFL)
 
 
-def test_hang_ends_the_process_and_says_where_it_stands():
-    process = start(
-        "import time; from fvae_dist.training.control import StallWatchdog\n"
-        "watchdog = StallWatchdog(0.5); watchdog.on_train_begin(None, None, None)\n"
-        "def stuck_in_a_collective():\n    print('ready', flush=True); time.sleep(60)\n"
-        "stuck_in_a_collective()"
-    )
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == EXIT_STALLED
-    assert "rank 0: no progress for" in errors and "stuck_in_a_collective" in errors
+@pytest.fixture
+def exits(monkeypatch):
+    """What would have ended the process."""
+    codes = []
+    monkeypatch.setattr(control.os, "_exit", codes.append)
+    return codes
 
 
-def test_beats_keep_the_watchdog_quiet_and_the_end_stops_it():
-    process = start(
-        "import time; from fvae_dist.training.control import StallWatchdog\n"
-        "watchdog = StallWatchdog(0.6); watchdog.on_train_begin(None, None, None); print('ready', flush=True)\n"
-        "for _ in range(10): time.sleep(0.15); watchdog.on_step_end(None, None, None)\n"
-        "watchdog.on_train_end(None, None, None); time.sleep(1.2)"
-    )
-    assert process.wait(30) == 0
+@pytest.fixture
+def clock(monkeypatch):
+    """The watchdog's clock, which only the test moves."""
+    now = [100.0]
+    monkeypatch.setattr(control.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_hang_ends_the_process_and_says_where_it_stands(exits, clock, capfd):
+    def stuck_in_a_collective(watchdog):
+        clock[0] += 0.3
+        while not exits:
+            time.sleep(0.02)
+        watchdog.on_train_end(None, None, None)
+
+    watchdog = StallWatchdog(0.2)
+    watchdog.on_train_begin(None, None, None)
+    stuck_in_a_collective(watchdog)
+    errors = capfd.readouterr().err
+    assert exits[0] == EXIT_STALLED
+    assert "rank 0: no progress for 0 s" in errors and "stuck_in_a_collective" in errors
+
+
+def test_beats_keep_the_watchdog_quiet_and_the_end_stops_it(exits, clock):
+    watchdog = StallWatchdog(0.2)
+    watchdog.on_train_begin(None, None, None)
+    for beat in (watchdog.on_step_begin, watchdog.on_step_end, watchdog.on_prediction_step, watchdog.on_save) * 2:
+        clock[0] += 0.15
+        beat(None, None, None)
+        time.sleep(0.06)  # the watchdog looks every 0.05 s
+    watchdog.on_train_end(None, None, None)
+    clock[0] += 10
+    time.sleep(0.1)
+    assert exits == []
 
 
 def test_folder_belongs_to_one_run(tmp_path):
@@ -76,11 +103,13 @@ def test_folder_belongs_to_one_run(tmp_path):
 
 
 def test_lock_of_a_killed_run_is_free(tmp_path):
+    path = tmp_path / LOCK_FILE
     process = start(
-        "import time; from fvae_dist.training.control import lock_output_dir\n"
-        f"lock = lock_output_dir({str(tmp_path)!r}); print('ready', flush=True); time.sleep(60)"
+        "import fcntl, time\n"
+        f"file = open({str(path)!r}, 'w'); file.write('process 7 on node'); file.flush()\n"
+        "fcntl.flock(file, fcntl.LOCK_EX); print('ready', flush=True); time.sleep(60)"
     )
-    with pytest.raises(RecipeError, match=rf"in use by process {process.pid} on "):
+    with pytest.raises(RecipeError, match="is in use by process 7 on node"):
         lock_output_dir(tmp_path)
     process.kill()
     process.wait()
