@@ -7,11 +7,17 @@
 stopping=
 trap '' USR1 TERM # inherited: by the launcher for good, by a rank until it installs its handlers
 
+# torchrun puts each rank into a session of its own. Where SLURM tracks jobs by process group (proctrack/pgid) it does
+# not reach them there: signals are passed on below, and a rank whose launcher was killed ends itself.
+#
 # A rank that stopped in order to resume (75) has not failed: torchrun would print a traceback, srun end the other
 # nodes. Rank 0, which runs beside train.sbatch, leaves its exit code there.
 run_rank() {
+  (while kill -0 "$PPID"; do sleep 1; done && kill -KILL 0) >/dev/null 2>&1 &
+  local watch=$! code
   "$@"
-  local code=$?
+  code=$?
+  kill -KILL "$watch"
   if [ "$RANK" = 0 ]; then
     echo "$code" >"$RANK0_STATUS" || return
   fi
@@ -27,8 +33,7 @@ torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="
   --no-python bash -c 'run_rank "$@"' rank python launch/train.py --config "$@" &
 launcher=$!
 
-# torchrun puts each rank into a session of its own; where SLURM tracks jobs by process group its signals do not get
-# there. So they are passed on from here, until the rank ends: it may not have been listening yet.
+# Passed on until the rank ends: it may not have been listening yet.
 trap 'stopping=1' USR1 TERM
 while kill -0 "$launcher" 2>/dev/null; do
   [ -z "$stopping" ] || pkill -USR1 -P "$(pgrep -d , -P "$launcher")" 2>/dev/null

@@ -50,7 +50,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 MpiDefault=none
 SlurmdParameters=config_overrides
-KillWait=10
+KillWait=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
@@ -269,6 +269,7 @@ def _free_ports(number: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with cluster(Path(sys.argv[1]).resolve(), *sys.argv[2:]) as started:
         print(f"export SLURM_CONF={started.environment['SLURM_CONF']}", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

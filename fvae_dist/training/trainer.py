@@ -31,6 +31,7 @@ from fvae_dist.training.batches import (
     token_mask_of,
     unlabel_after_padding,
 )
+from fvae_dist.training.gradient_checkpointing import keep_selective, refuse_reentrant, use_non_reentrant
 from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
 from fvae_dist.training.saving import save_adapter
@@ -73,17 +74,12 @@ class FVAETrainerMixin(_TrainerBase):
         **kwargs: Any,
     ):
         trainer_args = kwargs.get("args", args[1] if len(args) > 1 else None)
-        for name in _CHECKPOINTING_KWARGS:
-            if (getattr(trainer_args, name, None) or {}).get("use_reentrant"):
-                raise ValueError(
-                    f"{name}={{'use_reentrant': True}} is refused: reentrant checkpointing silently drops the side "
-                    "loss's gradient; non-reentrant is the default"
-                )
+        refuse_reentrant(trainer_args)
         _keep_ddp_from_guessing(trainer_args)
         super().__init__(*args, **kwargs)
         self.model: torch.nn.Module
-        self._use_non_reentrant_checkpointing()
-        self._keep_selective_checkpointing()
+        use_non_reentrant(self.args)
+        keep_selective(self.model)
         self._fvae_layers = [module for module in self.model.modules() if isinstance(module, FVAELinear)]
         self._refuse_inference_only()
         self._prepare_collator()
@@ -94,6 +90,7 @@ class FVAETrainerMixin(_TrainerBase):
         self.side_loss_tokens: SideLossTokens = side_loss_tokens
         self.telemetry = telemetry
         self.gradient_split_every = gradient_split_every
+        self._is_collecting_step = False
         self._step_tokens: Tensor | None = None
         self._window = LogWindow()
         self._latent_warnings = LatentWarnings()
@@ -101,26 +98,6 @@ class FVAETrainerMixin(_TrainerBase):
         self.layer_names: list[str] = []
 
     # ------------------------------------------------------------------------------------------------- set-up
-
-    def _use_non_reentrant_checkpointing(self) -> None:
-        """TRL asks for reentrant checkpointing under PEFT + ZeRO-3, for an old DeepSpeed; undo that."""
-        settings: dict[str, Any] = {}
-        for name in _CHECKPOINTING_KWARGS:
-            settings.update(getattr(self.args, name, None) or {})
-        settings["use_reentrant"] = False
-        for name in _CHECKPOINTING_KWARGS:
-            if hasattr(self.args, name):
-                setattr(self.args, name, dict(settings))
-
-    def _keep_selective_checkpointing(self) -> None:
-        """TRL 1.16 patches the old name of the method that transformers 5.23 calls: what it asks for would be lost."""
-        enable: Any = getattr(self.model, "gradient_checkpointing_enable", None)
-        if getattr(enable, "_is_sac_wrapped", False) and hasattr(self.model, "activation_checkpointing_enable"):
-
-            def activation_checkpointing_enable(activation_checkpointing_kwargs=None, **kwargs):
-                return enable(gradient_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs)
-
-            self.model.activation_checkpointing_enable = activation_checkpointing_enable  # type: ignore[assignment]
 
     def _zero3(self) -> bool:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -159,7 +136,9 @@ class FVAETrainerMixin(_TrainerBase):
         return loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """As the trainer's, but the rows that only fill up an epoch's last batch count for nothing."""
+        """As the trainer's, but in training the rows that only fill up an epoch's last batch count for nothing."""
+        if not self._is_collecting_step:  # evaluation counts too
+            return super()._get_num_items_in_batch(batch_samples, device)
         for inputs in batch_samples:
             if getattr(self, "_loss_shifts_labels", True):
                 unlabel_after_padding(inputs)
@@ -173,7 +152,11 @@ class FVAETrainerMixin(_TrainerBase):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         """As the trainer's; also counts the tokens of the whole optimizer step, on all ranks together."""
-        samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._is_collecting_step = True
+        try:
+            samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._is_collecting_step = False
         device = self.args.device
         counts = [inputs[COUNTED].sum().to(device) for inputs in samples]
         local = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
@@ -329,10 +312,6 @@ class FVAETrainerMixin(_TrainerBase):
     def _latents_are_warm(self) -> bool:
         warmup = max(self.args.get_warmup_steps(self.state.max_steps), self.state.max_steps // 10)
         return self.state.global_step > warmup
-
-
-# transformers 5.23 renamed the argument and keeps the old name as an alias.
-_CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 
 def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:

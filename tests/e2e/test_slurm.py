@@ -136,6 +136,13 @@ def login(tmp_path, project) -> Callable[..., subprocess.CompletedProcess]:
     return call
 
 
+def write_ends(project: Path, ends: str) -> str:
+    """A recipe for the stand-in: the exit code of each rank, or `wait`."""
+    name = f"{ends.replace(' ', '-')}.txt"
+    (project / name).write_text(ends)
+    return name
+
+
 def log_of(project: Path, number: str) -> str:
     logs = list((project / "logs").glob(f"*-{number}.out"))
     return logs[0].read_text() if logs else ""
@@ -240,6 +247,7 @@ def test_run_stopped_by_the_time_limit_ends_as_an_uninterrupted_one(slurm, tmp_p
     whole = slurm.run(*submit, "--set", "training.output_dir=runs/whole", folder=project).strip()
     wait_for("stopped with a complete checkpoint; requeueing", project, stopped, timeout_s=60)
     slow.unlink()
+    slurm.run("scontrol", "update", f"JobId={stopped}", "TimeLimit=60")
     slurm.wait_for_end(stopped, whole)
 
     log = log_of(project, stopped)
@@ -261,49 +269,60 @@ def test_run_stopped_by_the_time_limit_ends_as_an_uninterrupted_one(slurm, tmp_p
     assert all(tensor.equal(adapters[1][name]) for name, tensor in adapters[0].items())
 
 
-def test_only_a_stopped_job_is_requeued(slurm, project):
-    def submit(recipe: str, *options: str) -> str:
-        path = project / f"{recipe.replace(' ', '-')}.txt"
-        path.write_text(recipe)
-        (project / "logs").mkdir(exist_ok=True)
-        return slurm.run("sbatch", "--parsable", *options, "slurm/train.sbatch", path.name, folder=project).strip()
-
-    crashed = submit("wait 7", "--nodes=2")
-    refused = submit("2")
-    stopped = submit("75", "--export=ALL,MAX_RESTARTS=1")
-    cancelled = submit("wait")
-    wait_for("rank 0 of 1 wait.txt", project, cancelled)
-    slurm.run("scancel", cancelled)
-    slurm.wait_for_end(crashed, refused, stopped, cancelled)
-    jobs = [slurm.job(number) for number in (crashed, refused, stopped, cancelled)]
-    logs = [log_of(project, number) for number in (crashed, refused, stopped, cancelled)]
-    assert [(job["JobState"], job["Restarts"]) for job in jobs] == [
-        ("FAILED", "0"),
-        ("FAILED", "0"),
-        ("FAILED", "1"),
-        ("CANCELLED", "0"),
-    ], logs
-    assert jobs[1]["ExitCode"] == "2:0" and jobs[2]["ExitCode"] == "75:0"
-    assert "a crash: not requeued" in logs[0]
-    assert "rank 0 of 1 75.txt --resume auto" in logs[2] and "MAX_RESTARTS=1 reached: not requeued" in logs[2]
-    assert "left as it is" in logs[3]
-
-
-def test_sweep_trains_each_seed_into_its_folder(slurm, project):
-    (project / "done.txt").write_text("0")
-    slurm.environment["SEEDS"] = "3 5"
-    command = ["sbatch", "--parsable", "--array=0-1", "slurm/array_sweep.sbatch", "done.txt", "--set", "adapter.r=8"]
+@pytest.fixture(scope="module")
+def finished(running_slurm, project) -> Callable[[str], tuple[dict[str, str], str]]:
+    """Jobs of every end, run side by side; gives what SLURM says of one, and its log."""
+    submit = ["sbatch", "--parsable"]
+    commands = {
+        "crashed": [*submit, "--nodes=2", "slurm/train.sbatch", write_ends(project, "wait 7")],
+        "refused": [*submit, "slurm/train.sbatch", write_ends(project, "2")],
+        "stopped": [*submit, "--export=ALL,MAX_RESTARTS=1", "slurm/train.sbatch", write_ends(project, "75")],
+        "cancelled": [*submit, "slurm/train.sbatch", write_ends(project, "wait")],
+        "sweep": [*submit, "--export=ALL,SEEDS=3 5", "--array=0-1", "slurm/array_sweep.sbatch"]
+        + [write_ends(project, "0"), "--set", "adapter.r=8"],
+    }
     (project / "logs").mkdir(exist_ok=True)
-    number = slurm.run(*command, folder=project).strip()
-    tasks = [f"{number}_0", f"{number}_1"]
-    slurm.wait_for_end(*tasks)
-    for task, seed in zip(tasks, (3, 5), strict=True):
-        log = log_of(project, slurm.job(task)["JobId"])
-        overrides = f"--set adapter.r=8 --set training.seed={seed} --set training.output_dir=runs/sweep/done-seed{seed}"
-        assert f"rank 0 of 1 done.txt {overrides}" in log, log
+    numbers = {name: running_slurm.run(*command, folder=project).strip() for name, command in commands.items()}
+    array = numbers.pop("sweep")
+    numbers |= {"sweep 0": f"{array}_0", "sweep 1": f"{array}_1"}
+    wait_for("rank 0 of 1 wait.txt", project, numbers["cancelled"])
+    running_slurm.run("scancel", numbers["cancelled"])
+    running_slurm.wait_for_end(*numbers.values())
+    jobs = {name: running_slurm.job(number) for name, number in numbers.items()}
+    return lambda name: (jobs[name], log_of(project, jobs[name]["JobId"]))
+
+
+def test_crash_on_one_node_ends_the_job_and_is_not_requeued(finished):
+    job, log = finished("crashed")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+    assert "a crash: not requeued" in log
+
+
+def test_bad_recipe_is_not_requeued(finished):
+    job, log = finished("refused")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
+
+
+def test_restarts_are_bounded(finished):
+    job, log = finished("stopped")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "1"), log
+    assert log.count("rank 0 of 1 75.txt\n") == log.count("rank 0 of 1 75.txt --resume auto\n") == 1
+    assert "MAX_RESTARTS=1 reached: not requeued" in log
+
+
+def test_cancelled_job_stays_cancelled(finished):
+    job, log = finished("cancelled")
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), log
+    assert "stopped with a complete checkpoint; job state COMPLETING, left as it is" in log
+
+
+def test_sweep_trains_each_seed_into_its_folder(finished):
+    for task, seed in (("sweep 0", 3), ("sweep 1", 5)):
+        job, log = finished(task)
+        overrides = f"--set adapter.r=8 --set training.seed={seed} --set training.output_dir=runs/sweep/0-seed{seed}"
+        assert job["JobState"] == "COMPLETED" and f"rank 0 of 1 0.txt {overrides}\n" in log, log
 
 
 def test_allocation_trains_at_once(slurm, project):
-    (project / "done.txt").write_text("0 0")
-    command = ["slurm/interactive.sh", "--nodes=2", "--", "slurm/train.sbatch", "done.txt"]
-    assert "rank 1 of 2 done.txt" in slurm.run(*command, folder=project)
+    command = ["slurm/interactive.sh", "--nodes=2", "--", "slurm/train.sbatch", write_ends(project, "0 0")]
+    assert "rank 1 of 2 0-0.txt" in slurm.run(*command, folder=project)

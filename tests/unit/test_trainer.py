@@ -197,6 +197,22 @@ def test_eval_loss_has_no_side_loss(tmp_path, tokenizer):
     assert not any("elbo" in key for key in metrics)
 
 
+def test_evaluation_is_the_plain_trainers(tmp_path, tokenizer):
+    """An incomplete last batch, larger than a training batch: nothing of it may be taken for filler."""
+    losses = []
+    for trainer in (Plain, transformers.Trainer):
+        built = make_trainer(
+            tmp_path,
+            tokenizer,
+            trainer,
+            eval_data=rows(7, seed=3),
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=4,
+        )
+        losses.append(built.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_logs_average_over_steps(tmp_path, tokenizer):
     """A line every second step holds the mean of what two lines would have said."""
     lines = []
