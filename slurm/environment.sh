@@ -26,7 +26,7 @@ export PYTHONUNBUFFERED=1
 # export NCCL_IB_DISABLE=1                    # no InfiniBand: TCP
 # export NCCL_NVLS_ENABLE=0                   # NVLink multicast off, where a container or driver cannot do it
 # export NCCL_CROSS_NIC=1                     # rails joined by one fabric
-# export TORCH_NCCL_TRACE_BUFFER_SIZE=2000    # flight recorder: which collective hung
+# export TORCH_FR_BUFFER_SIZE=2000            # flight recorder: which collective hung (TORCH_NCCL_TRACE_BUFFER_SIZE before)
 
 # ---- Other fabrics ----
 # export FI_PROVIDER=efa                      # AWS EFA, through the aws-ofi-nccl plugin

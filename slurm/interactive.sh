@@ -2,10 +2,10 @@
 #
 # A shell on the first node of an allocation, with the jobs' environment. From the project's folder:
 #
-#   slurm/interactive.sh --nodes=2 --gpus-per-node=8 --time=01:00:00            # options of salloc
-#   slurm/interactive.sh --nodes=1 --gpus-per-node=1 -- python launch/train.py ...   # a command in place of the shell
+#   slurm/interactive.sh --nodes=2 --gpus-per-node=8 --time=01:00:00     # options of salloc
+#   slurm/interactive.sh --nodes=1 --gpus-per-node=1 -- nvidia-smi       # a command in place of the shell
 #
-# In it `slurm/train.sbatch RECIPE ...` trains at once, on all nodes of the allocation.
+# In it `slurm/train.sbatch RECIPE ...` trains at once, on all nodes of the allocation; Ctrl-C stops it with a checkpoint.
 
 case ${1:-} in
   -h | --help)
@@ -33,4 +33,6 @@ shift
 if (($#)); then
   exec salloc "${options[@]}" srun --nodes=1 --ntasks=1 --overlap bash -c '. slurm/environment.sh && exec "$@"' bash "$@"
 fi
-exec salloc "${options[@]}" srun --nodes=1 --ntasks=1 --overlap --pty bash -c '. slurm/environment.sh; exec bash -i'
+# The environment comes after ~/.bashrc, which may set a PATH of its own.
+exec salloc "${options[@]}" srun --nodes=1 --ntasks=1 --overlap --pty bash -c '
+  exec bash --rcfile <(echo "[ ! -e ~/.bashrc ] || . ~/.bashrc; . slurm/environment.sh") -i'

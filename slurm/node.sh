@@ -18,6 +18,8 @@ run_rank() {
   "$@"
   code=$?
   kill -KILL "$watch"
+  # USR1 is ignored or handled, but for the moment in which Python exits: it had stopped already.
+  ((code != 128 + $(kill -l USR1))) || code=75
   if [ "$RANK" = 0 ]; then
     echo "$code" >"$RANK0_STATUS" || return
   fi

@@ -18,6 +18,7 @@ from fvae_dist.training.resumable import OPTIMIZER_FILE
 from fvae_dist.training.saving import ADAPTER_FILE
 from tests.distributed.layouts import one_process, task_loss
 from tests.distributed.tiny import load, pad_rows, rows
+from tests.recipes import rewrite_manifest
 
 pytestmark = pytest.mark.distributed
 

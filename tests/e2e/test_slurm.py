@@ -80,7 +80,7 @@ signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[2:], flush=True)
 code = recipe[int(os.environ["RANK"])]
 if code == "wait":
-    time.sleep(60)
+    time.sleep(600)
 sys.exit(int(code))
 '''
 
@@ -276,17 +276,19 @@ def finished(running_slurm, project) -> Callable[[str], tuple[dict[str, str], st
     commands = {
         "crashed": [*submit, "--nodes=2", "slurm/train.sbatch", write_ends(project, "wait 7")],
         "refused": [*submit, "slurm/train.sbatch", write_ends(project, "2")],
-        "stopped": [*submit, "--export=ALL,MAX_RESTARTS=1", "slurm/train.sbatch", write_ends(project, "75")],
         "cancelled": [*submit, "slurm/train.sbatch", write_ends(project, "wait")],
-        "sweep": [*submit, "--export=ALL,SEEDS=3 5", "--array=0-1", "slurm/array_sweep.sbatch"]
-        + [write_ends(project, "0"), "--set", "adapter.r=8"],
+        "killed": [*submit, "slurm/train.sbatch", write_ends(project, "wait")],
     }
+    sweep = ["slurm/array_sweep.sbatch", write_ends(project, "75"), "--set", "adapter.r=8"]
+    commands["sweep"] = [*submit, "--export=ALL,MAX_RESTARTS=1,SEEDS=3 5", "--array=0-1", *sweep]
     (project / "logs").mkdir(exist_ok=True)
     numbers = {name: running_slurm.run(*command, folder=project).strip() for name, command in commands.items()}
     array = numbers.pop("sweep")
     numbers |= {"sweep 0": f"{array}_0", "sweep 1": f"{array}_1"}
     wait_for("rank 0 of 1 wait.txt", project, numbers["cancelled"])
     running_slurm.run("scancel", numbers["cancelled"])
+    wait_for("rank 0 of 1 wait.txt", project, numbers["killed"])
+    running_slurm.run("scancel", "--signal=KILL", f"{numbers['killed']}.0")
     running_slurm.wait_for_end(*numbers.values())
     jobs = {name: running_slurm.job(number) for name, number in numbers.items()}
     return lambda name: (jobs[name], log_of(project, jobs[name]["JobId"]))
@@ -303,10 +305,13 @@ def test_bad_recipe_is_not_requeued(finished):
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
 
 
-def test_restarts_are_bounded(finished):
-    job, log = finished("stopped")
+@pytest.mark.parametrize(("task", "seed"), [("sweep 0", 3), ("sweep 1", 5)])
+def test_sweep_task_keeps_seed_and_folder_and_restarts_are_bounded(finished, task, seed):
+    job, log = finished(task)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "1"), log
-    assert log.count("rank 0 of 1 75.txt\n") == log.count("rank 0 of 1 75.txt --resume auto\n") == 1
+    overrides = f"--set adapter.r=8 --set training.seed={seed} --set training.output_dir=runs/sweep/75-seed{seed}"
+    for more in ("", " --resume auto"):
+        assert log.count(f"rank 0 of 1 75.txt {overrides}{more}\n") == 1
     assert "MAX_RESTARTS=1 reached: not requeued" in log
 
 
@@ -316,11 +321,11 @@ def test_cancelled_job_stays_cancelled(finished):
     assert "stopped with a complete checkpoint; job state COMPLETING, left as it is" in log
 
 
-def test_sweep_trains_each_seed_into_its_folder(finished):
-    for task, seed in (("sweep 0", 3), ("sweep 1", 5)):
-        job, log = finished(task)
-        overrides = f"--set adapter.r=8 --set training.seed={seed} --set training.output_dir=runs/sweep/0-seed{seed}"
-        assert job["JobState"] == "COMPLETED" and f"rank 0 of 1 0.txt {overrides}\n" in log, log
+def test_killed_launcher_takes_its_ranks_along(finished, running_slurm):
+    job, log = finished("killed")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+    commands = [Path("/proc", str(pid), "cmdline") for pid in running_slurm.processes()]
+    assert not [path for path in commands if path.exists() and b"launch/train.py" in path.read_bytes()]
 
 
 def test_allocation_trains_at_once(slurm, project):
