@@ -66,7 +66,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         return {"checkpoint": str(folder), "problem": problem}
     manifest = read_manifest(folder)
     history = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
-    losses = next((row for row in reversed(history) if "loss/task" in row), {})
+    losses: dict[str, Any] = next((row for row in reversed(history) if "loss/task" in row), {})
     files = manifest.pop("files")
     return {
         "checkpoint": str(folder),
