@@ -93,6 +93,7 @@ def _train(args: argparse.Namespace) -> int:
         finished = run.train(prepared, stop)
     finally:
         run.shut_down()
+        stop.ignore()
     return EXIT_RESUME if finished is None else 0
 
 

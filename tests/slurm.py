@@ -50,7 +50,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0
 ReturnToService=2
 MpiDefault=none
 SlurmdParameters=config_overrides
-KillWait=5
+KillWait=10
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
@@ -68,10 +68,13 @@ def find_or_install() -> None:
     Raises:
         NoSlurm: they are not, and why they cannot be.
     """
+    wish = os.environ.get("FVAE_SLURM")
+    if wish not in ("installed", "install"):
+        raise NoSlurm("jobs take minutes: set FVAE_SLURM=installed, or FVAE_SLURM=install to install SLURM by apt-get")
     missing = _missing()
     if not missing:
         return
-    if os.environ.get("FVAE_SLURM") == "installed":
+    if wish == "installed":
         raise NoSlurm(f"{missing[0]} is not installed, and FVAE_SLURM=installed forbids to install it")
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise NoSlurm(f"{missing[0]} is not installed; only root on a system with apt-get can install it")

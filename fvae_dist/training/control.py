@@ -40,6 +40,12 @@ class StopSignal:
                 signal.signal(number, self._receive)
         return self
 
+    def ignore(self) -> None:
+        """From now on: at exit Python would restore the signals' deadly defaults."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     def _receive(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
         if not self.is_training:

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
 from fvae_dist.adapter import FVAELinear, side_loss
 from fvae_dist.adapter.noise import TokenNoise
@@ -143,11 +144,14 @@ class FVAETrainerMixin(_TrainerBase):
             if getattr(self, "_loss_shifts_labels", True):
                 unlabel_after_padding(inputs)
             inputs[COUNTED] = token_mask_of(inputs, self.side_loss_tokens)
+        # A loss that is a mean over each batch would have none over a batch of fillers.
         loss_is_normalised = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        state = self.accelerator.gradient_state
-        if batch_samples and loss_is_normalised and state.end_of_dataloader and state.remainder > 0:
+        if batch_samples and loss_is_normalised and self.accelerator.gradient_state.end_of_dataloader:
             size = self.args.per_device_train_batch_size
-            drop_fillers(batch_samples[-1], min(max(state.remainder - self.args.process_index * size, 0), size))
+            # Not accelerate's remainder: it does not know it after a resume in mid-epoch.
+            remainder = len(self.train_dataset) % (size * self.args.world_size) if has_length(self.train_dataset) else 0
+            if remainder:
+                drop_fillers(batch_samples[-1], min(max(remainder - self.args.process_index * size, 0), size))
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):

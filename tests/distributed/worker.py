@@ -415,7 +415,7 @@ def resume(folder: Path) -> dict[str, Any]:
     settings = {
         "dtype": "bfloat16",
         "steps": 4,
-        "num_rows": 40,
+        "num_rows": 26,  # four steps of eight; the last has two rows, and fillers
         "accumulation": 2,
         "arguments": {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1},
     }
