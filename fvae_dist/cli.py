@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -93,7 +94,7 @@ def _train(args: argparse.Namespace) -> int:
         finished = run.train(prepared, stop)
     finally:
         run.shut_down()
-        stop.ignore()
+        atexit.register(stop.ignore)
     return EXIT_RESUME if finished is None else 0
 
 

@@ -41,7 +41,10 @@ class StopSignal:
         return self
 
     def ignore(self) -> None:
-        """From now on: at exit Python would restore the signals' deadly defaults."""
+        """For the process's very end, where Python restores the signals' deadly defaults.
+
+        Not before: what the process starts would ignore them too.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -218,6 +219,8 @@ def test_resume_auto_takes_the_newest_complete_checkpoint(values, monkeypatch):
     monkeypatch.setattr("fvae_dist.training.run.train", lambda prepared, stop: seen.append(prepared.checkpoint) or {})
     assert train_command(["--config", str(write_recipe(Path.cwd(), values)), "--resume", "auto"]) == 0
     assert seen == [str(output / "checkpoint-10")]
+    # What this process starts now would inherit an ignored signal, and live on when it is to end.
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
 
 
 # -------------------------------------------------------------------------------------------------------------- ranks
