@@ -6,6 +6,7 @@ import argparse
 import atexit
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -180,6 +181,7 @@ def _report(error: RecipeError) -> None:
     file that is missing on this node only) and prints it.
     """
     if not _is_main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the batch script's ranks inherit it ignored
         time.sleep(_GRACE_S if os.environ.get("LOCAL_RANK", "0") == "0" else 2 * _GRACE_S)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 

@@ -136,7 +136,12 @@ def _load_base(name: str, settings: dict[str, Any], trust_remote_code: bool) -> 
     config = _load_config(name, settings, trust_remote_code)
     try:
         return _model_class(config, settings).from_pretrained(
-            name, config=config, dtype="auto", revision=settings.get("revision"), trust_remote_code=trust_remote_code
+            name,
+            config=config,
+            dtype="auto",
+            revision=settings.get("revision"),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
     except Exception as error:  # what is missing or broken raises a dozen types
         raise RecipeError(f"--base {name}: cannot load it: {_one_line(error)}") from None

@@ -235,8 +235,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError naming it if it is none."""
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: naming the file, if it is none or holds a value that is not finite.
+    """
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: {name} is not finite")
+    return tensors

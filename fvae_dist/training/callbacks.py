@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fvae_dist.training.checks import check_engine_precision, check_partitioned,
 from fvae_dist.training.log_window import LOGGED_TERMS
 from fvae_dist.training.throughput import utilisation
 
+logger = logging.getLogger(__name__)
 _RENAMED = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/lr"}
 
 
@@ -109,37 +112,53 @@ class ProgressLine(TrainerCallback):
 
 
 class TensorBoardLogs(TrainerCallback):
-    """Writes scalars under the project's tags, and each ELBO term's spread over layers as one histogram."""
+    """Writes scalars under the project's tags, and each ELBO term's spread over layers as one histogram.
+
+    A failure (disk full, folder removed) costs the curves a point, never the run: the next log line starts a new file.
+    """
 
     def __init__(self, trainer: Any, folder: Path, histograms: bool):
         self.trainer = trainer
         self.folder = folder
         self.histograms = histograms
         self.writer: Any = None
+        self._has_failed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Steps after the resume point were lost with the interrupted run: purge them from the curves.
-            self.writer = SummaryWriter(
-                str(self.folder), purge_step=state.global_step + 1 if state.global_step else None
-            )
+        # Steps after the resume point were lost with the interrupted run: purge them from the curves.
+        self._write(state, lambda writer: None, purge_step=state.global_step + 1 if state.global_step else None)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.writer is None or not logs:
-            return
+        if logs:
+            self._write(state, lambda writer: self._add(writer, state.global_step, logs))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(state, lambda writer: writer.flush())
+
+    def _add(self, writer: Any, step: int, logs: dict[str, Any]) -> None:
         for key, value in logs.items():
             tag = _RENAMED.get(key, key)
             if key.startswith("eval_") and key.endswith("loss"):
                 tag = "eval/loss"
             if "/" in tag and isinstance(value, (int, float)):
-                self.writer.add_scalar(tag, value, state.global_step)
+                writer.add_scalar(tag, value, step)
         if self.histograms and "elbo/nll" in logs:
             for term in LOGGED_TERMS.values():
-                self.writer.add_histogram(f"elbo_layers/{term}", self.trainer.layer_terms[term], state.global_step)
-        self.writer.flush()
+                writer.add_histogram(f"elbo_layers/{term}", self.trainer.layer_terms[term], step)
+        writer.flush()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            self.writer.flush()
+    def _write(self, state: Any, write: Callable[[Any], None], purge_step: int | None = None) -> None:
+        if not state.is_world_process_zero:
+            return
+        try:
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+            write(self.writer)
+            self._has_failed = False
+        except OSError as error:  # also what ended TensorBoard's writing thread
+            self.writer = None
+            if not self._has_failed:
+                logger.error("%s: not written: %s; the next log line tries again", self.folder, error)
+            self._has_failed = True

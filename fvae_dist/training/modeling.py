@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_flash_attn_2_available
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, unknown_key
@@ -49,6 +50,37 @@ def load_config(section: ModelSection) -> PretrainedConfig:
         )
     except Exception as error:  # a broken config.json raises a dozen types
         raise RecipeError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from None
+
+
+def check_weights(section: ModelSection) -> None:
+    """Refuse a local folder whose weights are missing, or are no safetensors files of that folder.
+
+    Raises:
+        RecipeError: naming the file; found before the process group and device memory exist.
+    """
+    folder = Path(section.name_or_path)
+    if section.random_weights or not section.use_safetensors or not folder.is_dir():
+        return
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return
+    if not index.is_file():
+        if any(folder.glob("*.safetensors")):
+            return  # its configuration may name the file
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        problem = f"weights as pickle only ({pickles[0]})" if pickles else "no weights (model.safetensors)"
+        hint = ": convert them, or set model.use_safetensors: false if you trust them" if pickles else ""
+        raise RecipeError(f"model.name_or_path: {folder} holds {problem}{hint}")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        bad = sorted(n for n in names if Path(n).name != n or Path(n).suffix != ".safetensors")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecipeError(f"model.name_or_path: {index} is no index of weights") from None
+    if bad:
+        raise RecipeError(f"model.name_or_path: {index} names {bad[0]!r}, which is no safetensors file of that folder")
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise RecipeError(f"model.name_or_path: {folder} lacks {', '.join(missing[:3])}")
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -249,6 +281,7 @@ def load_base_model(recipe: Recipe, config: PretrainedConfig, attention: str) ->
                 config=config,
                 revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
+                use_safetensors=section.use_safetensors or None,
                 **kwargs,
             )
         except (OSError, ValueError, ImportError) as error:

@@ -47,6 +47,9 @@ class ModelSection(_Section):
         "auto", description="auto = flash_attention_2 where it is installed and the device can, else sdpa, else eager."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository brings along.")
+    use_safetensors: bool = Field(
+        True, description="Read weights from safetensors alone; false: also from pickles (pytorch_model.bin)."
+    )
     random_weights: bool = Field(
         False,
         description="Build the model from its config.json with random weights (benchmarks; seed = training.seed).",

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fvae_dist
+from fvae_dist.adapter.export import read_tensors
 from fvae_dist.training.checkpoint_files import publish, read_manifest
 from fvae_dist.training.checkpoint_state import (
     load_optimizer_state,
@@ -194,7 +195,7 @@ class ResumableTrainerMixin(_TrainerBase):
         self._check_same_run(folder, manifest)
         self._load_adapter(folder)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        moments = load_file(folder / OPTIMIZER_FILE)
+        moments = _read(folder / OPTIMIZER_FILE)
         load_optimizer_state(self.model, self.optimizer, moments, manifest["optimizer_step"])
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8")))
         # The scheduler remembers the rates but sets them in its next step only.
@@ -213,7 +214,7 @@ class ResumableTrainerMixin(_TrainerBase):
             )
 
     def _load_adapter(self, folder: Path) -> None:
-        tensors = load_file(folder / ADAPTER_FILE)
+        tensors = _read(folder / ADAPTER_FILE)
         result: Any = set_peft_model_state_dict(self.model, tensors)
         expected = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         if result.unexpected_keys or set(tensors) != expected:
@@ -223,6 +224,13 @@ class ResumableTrainerMixin(_TrainerBase):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        states = load_file(Path(checkpoint) / RANDOM_FILE)
+        states = _read(Path(checkpoint) / RANDOM_FILE)
         if not load_random_states(states, self.args.process_index, self.args.device):
             logger.info("rank %d is new: its random states start afresh", self.args.process_index)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise RecipeError(f"--resume {error}") from None

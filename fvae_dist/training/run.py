@@ -30,6 +30,7 @@ from fvae_dist.training.modeling import (
     ModelPlan,
     attach_adapter,
     check_lengths,
+    check_weights,
     choose_attention,
     load_base_model,
     load_config,
@@ -40,6 +41,7 @@ from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.throughput import peak_tflops
 from fvae_dist.training.trainer import FVAETrainerMixin
+from fvae_dist.training.zero3 import skip_shared_memory_operator
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     if lock is not None:
         remove_leftovers(Path(training.output_dir))
     config = load_config(recipe.model)
+    check_weights(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)
     plan = plan_model(recipe, config)
@@ -181,6 +184,8 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
 
 def start_process_group(args: SFTConfig) -> None:
     """Start it before the model is built: zero.Init would otherwise shard over a world of one."""
+    if args.deepspeed is not None and args.use_cpu:
+        skip_shared_memory_operator()
     device = args.device  # transformers sets up devices, and with them the process group, on first use
     if args.deepspeed is not None:
         import deepspeed

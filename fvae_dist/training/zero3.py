@@ -1,4 +1,4 @@
-"""What the adapters need of DeepSpeed's ZeRO-3 beyond its configuration."""
+"""What training adapters needs of DeepSpeed beyond its configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from contextlib import contextmanager
 import torch
 
 from fvae_dist.adapter.vae import FactorizedVAE
+
+
+def skip_shared_memory_operator() -> None:
+    """On CPU DeepSpeed compiles an operator for its inference as the process group starts; nothing here calls it.
+
+    Compiling takes a minute, needs ninja and a compiler, and waits for ever for a lock that a killed process left.
+    """
+    import deepspeed
+
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def treat_vaes_as_leaves(model: torch.nn.Module) -> None:

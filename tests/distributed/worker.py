@@ -38,6 +38,7 @@ from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.resumable import ResumableTrainerMixin
+from fvae_dist.training.zero3 import skip_shared_memory_operator
 from tests.distributed import layouts
 from tests.distributed.tiny import attach, load, pad_rows, rows
 
@@ -516,6 +517,7 @@ def main(folder: Path, rank: int, world_size: int, names: list[str]) -> None:
     dist.init_process_group(
         backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size, timeout=timeout
     )
+    skip_shared_memory_operator()
     deepspeed.init_distributed(dist_backend=backend)
     for name in names:
         started = time.monotonic()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -233,11 +234,12 @@ def test_other_ranks_wait_for_rank_0_to_speak_first(refused, monkeypatch, rank, 
     monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     refused(recipe="")
     assert waits == waited_s
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+def run(command: list[str], folder: Path, **options) -> subprocess.CompletedProcess:
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -246,7 +248,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
         "HF_HUB_OFFLINE": "1",
     }
     return subprocess.run(
-        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=TIMEOUT_S, check=False
+        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=TIMEOUT_S, check=False, **options
     )
 
 
@@ -277,7 +279,9 @@ def test_launcher_exits_with_2_and_one_rank_speaks(values, tmp_path, bad):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launch = ["deepspeed", "--master_port", port, "--num_accelerators", "2", str(ROOT / "launch" / "train.py")]
-    result = run([*launch, "--config", str(recipe)], tmp_path)
+    # As slurm/node.sh starts its ranks: they wait to be ended although they inherited SIGTERM ignored.
+    ignore = partial(signal.signal, signal.SIGTERM, signal.SIG_IGN) if bad == "recipe" else None
+    result = run([*launch, "--config", str(recipe)], tmp_path, preexec_fn=ignore)
     output = result.stdout + result.stderr
     assert result.returncode == 2, output
     assert output.count(line) == 1, output

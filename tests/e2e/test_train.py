@@ -55,7 +55,7 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("launch", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    steps = ["--set", "training.max_steps=36", "--set", "training.save_steps=18"]
+    steps = ["--set", "training.max_steps=36", "--set", "training.save_steps=32"]
     output = run(["bash", "launch/quickstart.sh", "--fast", *steps], folder)
     (folder / "quickstart.log").write_text(output)
     return folder
@@ -102,22 +102,22 @@ def test_adapter_loads_in_plain_peft_and_generates(checkout):
 
 
 def test_resume_goes_on_where_the_run_stopped(checkout):
-    recipe = "launch/recipes/quickstart.yaml"
-    common = ["--set", "training.output_dir=runs/resume", "--set", "logging.steps=1"]
-    common += ["--set", "training.lr_scheduler_type=constant", "--set", "evaluation.at_start=false"]
-    deepspeed(checkout, recipe, *common, "--set", "training.max_steps=6", "--set", "training.save_steps=3")
-    whole = {row["step"]: row["loss/task"] for row in metrics(checkout, "resume")["history"]}
-    shutil.rmtree(checkout / "runs" / "resume" / "checkpoint-6")
-    output = deepspeed(checkout, recipe, *common, "--set", "training.max_steps=6", "--resume", "auto")
-    assert "resuming from runs/resume/checkpoint-3" in output
-    resumed = {row["step"]: row["loss/task"] for row in metrics(checkout, "resume")["history"]}
-    assert resumed == whole
+    whole = metrics(checkout, "quickstart")["history"]
+    shutil.copytree(checkout / "runs" / "quickstart", checkout / "runs" / "resume")
+    shutil.rmtree(checkout / "runs" / "resume" / "checkpoint-36")
+    settings = ["training.output_dir=runs/resume", "training.max_steps=36", "training.save_steps=32"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    output = deepspeed(checkout, "launch/recipes/quickstart.yaml", *arguments, "--resume", "auto")
+    assert "resuming from runs/resume/checkpoint-32" in output
+    resumed = metrics(checkout, "resume")["history"]
+    assert resumed[-1]["step"] == 36 and resumed[-1]["loss/task"] == whole[-1]["loss/task"]
+    assert [row["step"] for row in resumed] == [row["step"] for row in whole]
 
 
 def test_lora_baseline_is_one_key_away(checkout):
     settings = ["training.output_dir=runs/lora", "training.max_steps=16", "adapter.peft_type=LORA"]
     arguments = [part for setting in settings for part in ("--set", setting)]
-    deepspeed(checkout, "launch/recipes/quickstart.yaml", *arguments)
+    run([sys.executable, "launch/train.py", "--config", "launch/recipes/quickstart.yaml", *arguments], checkout)
     numbers = metrics(checkout, "lora")
     assert numbers["eval_end"]["loss"] < numbers["eval_start"]["loss"]
     tensors = load_file(checkout / "runs" / "lora" / "adapter" / "adapter_model.safetensors")

@@ -1,5 +1,6 @@
 """Callbacks: checks and noise at the start, utilisation and memory, the progress line, TensorBoard's tags."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -167,3 +168,22 @@ def test_tensorboard_of_a_resumed_run_drops_the_lost_steps(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss/task")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_folder_removed_in_mid_run_costs_points_alone(tmp_path, caplog):
+    folder = tmp_path / "tensorboard"
+    callback = TensorBoardLogs(fake_trainer(), folder, False)
+    callback.on_train_begin(None, state(step=0), TrainerControl())
+    for step in range(1, 7):
+        if step == 3:
+            shutil.rmtree(folder)
+            folder.write_text("in the way")
+        elif step == 5:
+            folder.unlink()
+        callback.on_log(None, state(step=step), TrainerControl(), logs={"loss/task": float(step)})
+    callback.on_train_end(None, state(step=6), TrainerControl())
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/task")] == [5, 6]
+    assert caplog.text.count("tensorboard: not written") == 1

@@ -1,0 +1,210 @@
+"""A small run of the real command, on one rank or several, that can be disturbed, resumed and compared."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fvae_dist.training.checkpoint_files import problem_with
+from fvae_dist.training.checkpoints import list_checkpoints
+from tests.recipes import SIZES, byte_tokenizer, recipe_values, write_recipe, write_records
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+SAVE_STEPS = 3
+KEYS = ("step", "loss/task", "loss/neg_elbo", "loss", "grad_norm", "learning_rate", "elbo/nll", "elbo/active_units")
+TIMEOUT_S = 240
+TOKEN = "hf_" + "ThisIsASecretOfTheUser" + 12 * "0"
+# Ranks are forked from a process that has imported everything already, which takes longer than all they do.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.rank"])
+
+
+@dataclass
+class Run:
+    """Ranks that run, and the file that each prints to."""
+
+    processes: list[BaseProcess]
+    logs: list[Path]
+
+    @property
+    def output(self) -> str:
+        """What rank 0 has printed so far."""
+        return self.logs[0].read_text(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        """Until rank 0 has printed `text`."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while text not in self.output:
+            if (not self.processes[0].is_alive() and text not in self.output) or time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} never came:\n{self.output[-4000:]}")
+            time.sleep(0.02)
+
+    def steps(self) -> Iterator[int]:
+        """Each step once rank 0 has printed it, until it ends."""
+        seen = self.last_step
+        while self.processes[0].is_alive():
+            if self.last_step > seen:
+                seen = self.last_step
+                yield seen
+            time.sleep(0.01)
+
+    def finish(self) -> list[int | None]:
+        """Exit codes of all ranks."""
+        deadline = time.monotonic() + TIMEOUT_S
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self.kill()
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        """SIGKILL what still lives."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    @property
+    def all_output(self) -> list[str]:
+        return [log.read_text(errors="replace") for log in self.logs]
+
+    @property
+    def last_step(self) -> int:
+        """The last one that rank 0 has printed."""
+        return max(map(int, re.findall(r"^step (\d+)/", self.output, re.MULTILINE)), default=0)
+
+    @property
+    def resumed_at(self) -> int:
+        """The checkpoint's step; 0 where it started afresh."""
+        found = re.search(r"resuming from .*checkpoint-(\d+)", self.output)
+        return int(found[1]) if found else 0
+
+
+@dataclass
+class Place:
+    """A folder with model, data and recipe: 12 steps of 4 rows over 10 rows, so that epochs end in mid-run."""
+
+    folder: Path
+    num_ranks: int = 1
+    _num_runs: int = 0
+    _whole: dict[str, tuple[list, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(self.folder / "model")
+        byte_tokenizer().save_pretrained(self.folder / "model")
+        words = ["red", "green", "blue", "sun", "moon"]
+        records = [{"instruction": f"Say {w}.", "output": f"{w} {i}" * (i + 1)} for i, w in enumerate(words * 2)]
+        write_records(self.folder / "data.jsonl", records)
+        values = recipe_values(
+            self.folder,
+            self.folder / "model",
+            model={"random_weights": False},
+            data={"cache_dir": str(self.folder / "cache")},
+            training={
+                "max_steps": STEPS,
+                "per_device_train_batch_size": 2 // self.num_ranks,
+                "gradient_accumulation_steps": 2,
+                "save_steps": SAVE_STEPS,
+                "save_total_limit": None,
+                "learning_rate": 1e-3,
+                "use_cpu": True,
+                "deepspeed": str(ROOT / "ds_configs" / "zero3.json") if self.num_ranks > 1 else None,
+            },
+            logging={"steps": 1, "tensorboard": False},
+        )
+        write_recipe(self.folder, values)
+
+    def start(self, output: Path, *settings: str, resume: bool = False, fault: str = "") -> Run:
+        """Start the ranks.
+
+        Args:
+            output: the run's folder.
+            settings: overrides of the recipe.
+            resume: with --resume auto.
+            fault: see tests/faults/rank.py.
+        """
+        arguments = ["--config", str(self.folder / "recipe.yaml"), *(["--resume", "auto"] if resume else [])]
+        for setting in (f"training.output_dir={output}", *settings):
+            arguments += ["--set", setting]
+        environment = {"HF_TOKEN": TOKEN}
+        if self.num_ranks > 1:
+            environment |= {"WORLD_SIZE": str(self.num_ranks), "LOCAL_WORLD_SIZE": str(self.num_ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        self._num_runs += 1
+        logs = [self.folder / f"{output.name}.{self._num_runs}.{rank}.log" for rank in range(self.num_ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            log.touch()
+            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.num_ranks > 1 else {}
+            process = _context.Process(
+                target=_be_rank, args=(arguments, str(log), fault), kwargs=environment | of_rank, daemon=True
+            )
+            process.start()
+            processes.append(process)
+        return Run(processes, logs)
+
+    def complete(self, output: Path, *settings: str, resume: bool = False, fault: str = "") -> Run:
+        """Run to the end, which must be a good one."""
+        run = self.start(output, *settings, resume=resume, fault=fault)
+        codes = run.finish()
+        assert codes == [0] * self.num_ranks, (codes, *(text[-4000:] for text in run.all_output))
+        return run
+
+    def is_right(self, output: Path) -> bool:
+        """Whether losses and adapter are, bit for bit, those of a run that nothing disturbed."""
+        whole = self.folder / "whole"
+        if not whole.exists():
+            self.complete(whole)
+        for folder in (whole, output):
+            if str(folder) not in self._whole or folder is output:
+                self._whole[str(folder)] = _results(folder)
+        expected, found = self._whole[str(whole)], self._whole[str(output)]
+        assert len(expected[0]) == STEPS
+        same_adapter = expected[1].keys() == found[1].keys() and all(
+            torch.equal(found[1][name], value) for name, value in expected[1].items()
+        )
+        return found[0] == expected[0] and same_adapter
+
+
+def _be_rank(arguments: list[str], log: str, faults: str, **environment: str) -> None:
+    # Imported where ranks are forked, never here: it brings DeepSpeed, and is told to be on the CPU.
+    from tests.faults.rank import train
+
+    train(arguments, log, faults, **environment)
+
+
+def newest_whole(output: Path) -> int:
+    """Step of the newest checkpoint with which nothing is wrong; 0 if there is none."""
+    whole = [folder for folder in list_checkpoints(output) if not problem_with(folder)]
+    return max((int(folder.name.rpartition("-")[2]) for folder in whole), default=0)
+
+
+def send(run: Run, number: signal.Signals, rank: int = 0) -> None:
+    pid = run.processes[rank].pid
+    assert pid is not None
+    os.kill(pid, number)
+
+
+def _results(folder: Path) -> tuple[list, dict[str, Tensor]]:
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    return [[row[key] for key in KEYS] for row in history], load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
