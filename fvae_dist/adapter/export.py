@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError naming the file for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no object")

@@ -62,6 +62,8 @@ def problem_with(folder: Path) -> str:
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             return f"{MANIFEST} names {name}, outside the checkpoint"
+        if path.is_symlink():
+            return f"{name} is a link"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:

@@ -7,6 +7,7 @@ import logging
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, get_type_hints
 
 import torch
@@ -14,6 +15,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_flash_attn_2_available
 
@@ -284,7 +286,7 @@ def load_base_model(recipe: Recipe, config: PretrainedConfig, attention: str) ->
                 use_safetensors=section.use_safetensors or None,
                 **kwargs,
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as error:
             raise RecipeError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from None
     model.config.use_cache = False
     model.requires_grad_(False)

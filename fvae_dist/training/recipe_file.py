@@ -19,6 +19,9 @@ from fvae_dist.training.recipe import Recipe, RecipeError, unknown_key
 _MAX_NODES = 100_000  # a recipe has a hundred; aliases of aliases of aliases can expand to billions
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # neither can stand in a path
 
+# Tokens of the Hugging Face and GitHub hubs, and a password in an address.
+_SECRET = re.compile(r"\b(hf|api_org|gh[pousr])_[A-Za-z0-9]{20,}|://[^/\s:@]*:[^/\s@]+@")
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader (YAML 1.1) that reads 1e-4 as a number, and dates and 1:30 as the text they are, as YAML 1.2 does."""
@@ -121,6 +124,12 @@ def _walk(node: yaml.Node, path: tuple, lines: dict[tuple, int], origin: str) ->
             _walk(item, (*path, index), lines, origin)
     elif _NOT_TEXT.search(node.value):
         raise RecipeError(f"{origin}:{line}: {'.'.join(map(str, path))}: holds a NUL or half a surrogate pair")
+    elif _SECRET.search(node.value):
+        # The recipe goes into logs and model cards.
+        raise RecipeError(
+            f"{origin}:{line}: {'.'.join(map(str, path))}: holds an access token or password; give it by HF_TOKEN, or "
+            "log in with `hf auth login`"
+        )
 
 
 def _without_aliases(value: Any) -> Any:
