@@ -68,14 +68,14 @@ def find_or_install() -> None:
     Raises:
         NoSlurm: they are not, and why they cannot be.
     """
-    wish = os.environ.get("FVAE_SLURM")
-    if wish not in ("installed", "install"):
-        raise NoSlurm("jobs take minutes: set FVAE_SLURM=installed, or FVAE_SLURM=install to install SLURM by apt-get")
+    wish = os.environ.get("FVAE_SLURM", "installed")
+    if wish == "off":
+        raise NoSlurm("FVAE_SLURM=off")
     missing = _missing()
     if not missing:
         return
     if wish == "installed":
-        raise NoSlurm(f"{missing[0]} is not installed, and FVAE_SLURM=installed forbids to install it")
+        raise NoSlurm(f"{missing[0]} is not installed; FVAE_SLURM=install installs SLURM by apt-get (root)")
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise NoSlurm(f"{missing[0]} is not installed; only root on a system with apt-get can install it")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

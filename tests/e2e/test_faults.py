@@ -9,7 +9,8 @@ import pytest
 from fvae_dist.training.checkpoints import list_checkpoints
 from fvae_dist.training.control import EXIT_RESUME
 from tests.faults import faults
-from tests.faults.harness import TOKEN, Place, send
+from tests.faults.elastic import resumed_in
+from tests.faults.harness import TOKEN, Layout, Place, send
 
 pytestmark = pytest.mark.distributed
 
@@ -80,6 +81,13 @@ def test_damaged_record_is_named_and_the_run_goes_on_once_it_is_mended(place):
 
 def test_second_run_on_the_folder_is_refused(place):
     assert faults.second_run(place).is_good
+
+
+def test_two_ranks_go_on_as_four(tmp_path):
+    """And with half the accumulation. 1 to 2 and 2 to 1: tests/distributed/test_two_ranks.py."""
+    place = Place(tmp_path, Layout(num_ranks=2, deepspeed="zero3"))
+    four = Layout(num_ranks=4, accumulation=1, deepspeed="zero3")
+    assert resumed_in(place, four, tmp_path / "four") < 1e-5
 
 
 def test_token_of_the_user_is_written_nowhere(place):

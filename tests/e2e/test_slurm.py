@@ -1,6 +1,7 @@
 """The batch scripts: their arguments everywhere, their jobs on a real two-node SLURM where one can be had.
 
-Jobs are run with FVAE_SLURM=installed, or FVAE_SLURM=install (root, apt-get); else these tests skip and say why.
+Jobs run where SLURM is installed, or with FVAE_SLURM=install (root, apt-get); elsewhere, and with FVAE_SLURM=off, these
+tests skip and say why.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -93,14 +94,41 @@ class Run:
         return int(found[1]) if found else 0
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the 4 rows of a step are spread; without a DeepSpeed configuration by DDP."""
+
+    num_ranks: int = 1
+    accumulation: int = 2
+    deepspeed: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.num_ranks} x {self.rows} x {self.accumulation}, {self.deepspeed or 'DDP'}"
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch."""
+        return 4 // (self.num_ranks * self.accumulation)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Overrides of the recipe."""
+        config = f"{ROOT}/ds_configs/{self.deepspeed}.json" if self.deepspeed else "null"
+        return (
+            f"training.per_device_train_batch_size={self.rows}",
+            f"training.gradient_accumulation_steps={self.accumulation}",
+            f"training.deepspeed={config}",
+        )
+
+
 @dataclass
 class Place:
     """A folder with model, data and recipe: 12 steps of 4 rows over 10 rows, so that epochs end in mid-run."""
 
     folder: Path
-    num_ranks: int = 1
+    layout: Layout = field(default_factory=Layout)
     _num_runs: int = 0
-    _whole: dict[str, tuple[list, dict[str, Tensor]]] = field(default_factory=dict)
+    _whole: tuple[list, dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -116,19 +144,22 @@ class Place:
             data={"cache_dir": str(self.folder / "cache")},
             training={
                 "max_steps": STEPS,
-                "per_device_train_batch_size": 2 // self.num_ranks,
-                "gradient_accumulation_steps": 2,
                 "save_steps": SAVE_STEPS,
                 "save_total_limit": None,
                 "learning_rate": 1e-3,
                 "use_cpu": True,
-                "deepspeed": str(ROOT / "ds_configs" / "zero3.json") if self.num_ranks > 1 else None,
             },
             logging={"steps": 1, "tensorboard": False},
         )
         write_recipe(self.folder, values)
 
-    def start(self, output: Path, *settings: str, resume: bool = False, fault: str = "") -> Run:
+    @property
+    def num_ranks(self) -> int:
+        return self.layout.num_ranks
+
+    def start(
+        self, output: Path, *settings: str, resume: bool = False, fault: str = "", layout: Layout | None = None
+    ) -> Run:
         """Start the ranks.
 
         Args:
@@ -136,20 +167,22 @@ class Place:
             settings: overrides of the recipe.
             resume: with --resume auto.
             fault: see tests/faults/rank.py.
+            layout: another than the place's.
         """
+        layout = layout or self.layout
         arguments = ["--config", str(self.folder / "recipe.yaml"), *(["--resume", "auto"] if resume else [])]
-        for setting in (f"training.output_dir={output}", *settings):
+        for setting in (f"training.output_dir={output}", *layout.settings, *settings):
             arguments += ["--set", setting]
         environment = {"HF_TOKEN": TOKEN}
-        if self.num_ranks > 1:
-            environment |= {"WORLD_SIZE": str(self.num_ranks), "LOCAL_WORLD_SIZE": str(self.num_ranks)}
+        if layout.num_ranks > 1:
+            environment |= {"WORLD_SIZE": str(layout.num_ranks), "LOCAL_WORLD_SIZE": str(layout.num_ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         self._num_runs += 1
-        logs = [self.folder / f"{output.name}.{self._num_runs}.{rank}.log" for rank in range(self.num_ranks)]
+        logs = [self.folder / f"{output.name}.{self._num_runs}.{rank}.log" for rank in range(layout.num_ranks)]
         processes = []
         for rank, log in enumerate(logs):
             log.touch()
-            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.num_ranks > 1 else {}
+            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if layout.num_ranks > 1 else {}
             process = _context.Process(
                 target=_be_rank, args=(arguments, str(log), fault), kwargs=environment | of_rank, daemon=True
             )
@@ -157,27 +190,32 @@ class Place:
             processes.append(process)
         return Run(processes, logs)
 
-    def complete(self, output: Path, *settings: str, resume: bool = False, fault: str = "") -> Run:
-        """Run to the end, which must be a good one."""
-        run = self.start(output, *settings, resume=resume, fault=fault)
+    def complete(self, output: Path, *settings: str, **options: Any) -> Run:
+        """Run to the end, which must be a good one; arguments as for `start`."""
+        run = self.start(output, *settings, **options)
         codes = run.finish()
-        assert codes == [0] * self.num_ranks, (codes, *(text[-4000:] for text in run.all_output))
+        assert set(codes) == {0}, (codes, *(text[-4000:] for text in run.all_output))
         return run
 
     def is_right(self, output: Path) -> bool:
         """Whether losses and adapter are, bit for bit, those of a run that nothing disturbed."""
-        whole = self.folder / "whole"
-        if not whole.exists():
-            self.complete(whole)
-        for folder in (whole, output):
-            if str(folder) not in self._whole or folder is output:
-                self._whole[str(folder)] = _results(folder)
-        expected, found = self._whole[str(whole)], self._whole[str(output)]
-        assert len(expected[0]) == STEPS
-        same_adapter = expected[1].keys() == found[1].keys() and all(
-            torch.equal(found[1][name], value) for name, value in expected[1].items()
-        )
-        return found[0] == expected[0] and same_adapter
+        (rows, adapter), (expected_rows, expected) = _results(output), self._undisturbed()
+        assert len(expected_rows) == STEPS
+        same = adapter.keys() == expected.keys() and all(torch.equal(adapter[name], t) for name, t in expected.items())
+        return same and rows == expected_rows
+
+    def difference(self, output: Path) -> float:
+        """The largest relative difference of what was logged from the undisturbed run on the place's layout."""
+        rows, expected = (torch.tensor(r, dtype=torch.float64) for r in (_results(output)[0], self._undisturbed()[0]))
+        return float(((rows - expected).abs() / expected.abs().clamp_min(1e-12)).max())
+
+    def _undisturbed(self) -> tuple[list, dict[str, Tensor]]:
+        if self._whole is None:
+            whole = self.folder / "whole"
+            if not whole.exists():
+                self.complete(whole)
+            self._whole = _results(whole)
+        return self._whole
 
 
 def _be_rank(arguments: list[str], log: str, faults: str, **environment: str) -> None:
