@@ -23,6 +23,8 @@ run_rank() {
   if [ "$RANK" = 0 ]; then
     echo "$code" >"$RANK0_STATUS" || return
   fi
+  # Stood still: the other ranks notice within 10 s, rank 0 among them.
+  ((code != 76)) || sleep 15
   ((code == 75)) || return "$code"
 }
 export -f run_rank

@@ -277,6 +277,7 @@ def finished(running_slurm, project) -> Callable[[str], tuple[dict[str, str], st
     commands = {
         "crashed": [*submit, "--nodes=2", "slurm/train.sbatch", write_ends(project, "wait 7")],
         "refused": [*submit, "slurm/train.sbatch", write_ends(project, "2")],
+        "stalled": [*submit, "--export=ALL,MAX_RESTARTS=1", "slurm/train.sbatch", write_ends(project, "76")],
         "cancelled": [*submit, "slurm/train.sbatch", write_ends(project, "wait")],
         "killed": [*submit, "slurm/train.sbatch", write_ends(project, "wait")],
     }
@@ -299,6 +300,12 @@ def test_crash_on_one_node_ends_the_job_and_is_not_requeued(finished):
     job, log = finished("crashed")
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
     assert "a crash: not requeued" in log
+
+
+def test_stalled_run_is_requeued_in_bounds(finished):
+    job, log = finished("stalled")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "76:0", "1"), log
+    assert "stood still for training.stall_timeout_s; requeueing" in log and "restart 1 of at most 1" in log
 
 
 def test_bad_recipe_is_not_requeued(finished):
