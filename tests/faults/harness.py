@@ -183,9 +183,7 @@ class Place:
         for rank, log in enumerate(logs):
             log.touch()
             of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if layout.num_ranks > 1 else {}
-            process = _context.Process(
-                target=_be_rank, args=(arguments, str(log), fault), kwargs=environment | of_rank, daemon=True
-            )
+            process = _context.Process(target=_be_rank, args=(arguments, str(log), fault), kwargs=environment | of_rank)
             process.start()
             processes.append(process)
         return Run(processes, logs)
