@@ -412,13 +412,19 @@ def unsafe_precision(folder: Path) -> dict[str, Any]:
 
 
 def resume(folder: Path) -> dict[str, Any]:
-    """Four steps at a stretch, and the last two of them again from the checkpoint; noise and dropout are random."""
+    """Four steps at a stretch, and the last two again from the checkpoint; loader processes, random noise and dropout."""
     settings = {
         "dtype": "bfloat16",
         "steps": 4,
         "num_rows": 26,  # four steps of eight; the last has two rows, and fillers
         "accumulation": 2,
-        "arguments": {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1},
+        "arguments": {
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 1,
+            "dataloader_num_workers": 2,
+        },
     }
     uninterrupted = Run(folder, "resume", **settings)
     first = uninterrupted.train()
