@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from typing import Any
 
 import yaml
 
+from fvae_dist.planning.hardware import PlanError
 from fvae_dist.planning.memory import estimate_memory
+from fvae_dist.planning.report import memory_table
 from fvae_dist.training.data import render_example
-from fvae_dist.training.deepspeed_config import size_for_adapter, zero_stage
+from fvae_dist.training.deepspeed_config import size_for_adapter
+from fvae_dist.training.planned import make_choice, own_config, own_recompute, subject_of
 from fvae_dist.training.run import Prepared
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHOWN_CHARACTERS = 4000
 
 
@@ -81,26 +84,23 @@ def _shown(value: Any) -> str:
 
 
 def _memory(prepared: Prepared, world_size: int) -> str:
+    """As `launch/plan.py` plans it, for the recipe as it stands."""
     recipe = prepared.recipe
-    estimate = estimate_memory(
-        prepared.config.get_text_config(),
-        base_parameters=prepared.plan.base_parameters,
-        trainable_parameters=prepared.plan.trainable_parameters,
-        bytes_per_weight=_BYTES[recipe.model.dtype],
-        num_tokens=recipe.data.max_length * recipe.training.per_device_train_batch_size,
-        stage=zero_stage(prepared.deepspeed),
-        world_size=world_size,
-        checkpointing=recipe.training.gradient_checkpointing,
-    )
-    return "\n".join(
-        [
-            f"base weights        {estimate.base_weights_gib:9.3f} GiB",
-            f"gathered weights    {estimate.gathered_weights_gib:9.3f} GiB",
-            f"adapter and states  {estimate.adapter_states_gib:9.3f} GiB",
-            f"activations         {estimate.activations_gib:9.3f} GiB",
-            f"total               {estimate.total_gib:9.3f} GiB (plus about 1 GiB of CUDA context)",
-        ]
-    )
+    try:
+        subject = subject_of(recipe, prepared.config, prepared.attention)
+        choice = make_choice(recipe, subject, own_config(recipe), own_recompute(recipe), world_size, _node(world_size))
+        estimate = estimate_memory(subject, choice, world_size, on_cpu=recipe.training.use_cpu is True)
+    except PlanError as error:  # training does not need the estimate
+        return f"unknown: {error}"
+    return memory_table(estimate) + "\n(time, traffic and other choices: python launch/plan.py --help)"
+
+
+def _node(world_size: int) -> int:
+    """Devices of a node: what a launcher says, else 8, or all of them."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE")
+    if stated is not None:
+        return int(stated)
+    return 8 if world_size % 8 == 0 else world_size
 
 
 def _shortened(text: str) -> str:
