@@ -208,7 +208,7 @@ def _parse_plan(argv: list[str] | None) -> argparse.Namespace:
   python launch/plan.py --config launch/recipes/llama3_70b_multinode.yaml --nodes 4 --gpus-per-node 8 --gpu h100-80
   python launch/plan.py --config launch/recipes/llama3_8b_longcontext.yaml --detect --write chosen.txt
   deepspeed launch/train.py --config launch/recipes/llama3_8b_longcontext.yaml $(cat chosen.txt)
-  python launch/plan.py --measure 2 --json measured.json""",
+  python launch/plan.py --measure 1 2 --json measured.json""",
     )
     parser.add_argument("--config", metavar="RECIPE", help="recipe YAML")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override (repeatable)")
@@ -225,13 +225,15 @@ def _parse_plan(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measure",
         type=int,
+        nargs="+",
         metavar="GPUS",
-        help="train four settings on this machine's GPUs and compare with the plan; --set and --json may be given",
+        help="instead: train four settings on so many GPUs of this machine and compare with the plan; takes of the "
+        "other arguments --set, --gpu and --json, beside which the table is written as .md",
     )
     args = parser.parse_args(argv)
     if args.measure is not None:
-        if args.config or args.write or args.measure < 1:
-            parser.error("--measure takes a number of GPUs, and of the other arguments --set, --gpu and --json")
+        if args.config or args.write or min(args.measure) < 1:
+            parser.error("--measure takes numbers of GPUs, and of the other arguments --set, --gpu and --json")
         return args
     if not args.config:
         parser.error("--config is required")

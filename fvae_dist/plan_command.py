@@ -14,11 +14,11 @@ import yaml
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
 from fvae_dist.planning.planner import Load, Option, find_knee, plan_choice, recommend, scale
-from fvae_dist.planning.report import Plan, json_of, over_by, set_lines, text_of
+from fvae_dist.planning.report import LABELS, Plan, json_of, set_lines, text_of
 from fvae_dist.planning.subject import Subject
 from fvae_dist.planning.traffic import Traffic, estimate_traffic
 from fvae_dist.training.data import prepare_data
-from fvae_dist.training.modeling import load_config, load_tokenizer, plan_model
+from fvae_dist.training.modeling import check_lengths, load_config, load_tokenizer, plan_model
 from fvae_dist.training.planned import (
     deepspeed_configs,
     make_choice,
@@ -43,12 +43,10 @@ def plan(args: argparse.Namespace) -> str:
         made = make_plan(load_recipe(args.config, args.set), args)
     except PlanError as error:
         raise RecipeError(str(error)) from None
-    for option, path, write in ((("--json"), args.json, _write_json), ("--write", args.write, _write_overrides)):
-        if path:
-            try:
-                write(made, Path(path), args)
-            except OSError as error:
-                raise RecipeError(f"{option} {path}: {(error.strerror or str(error)).lower()}") from None
+    if args.json:
+        write_file("--json", args.json, json.dumps(json_of(made), indent=1) + "\n")
+    if args.write:
+        write_file("--write", args.write, _overrides_text(made, args))
     return text_of(made)
 
 
@@ -56,8 +54,8 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
     """The plan of a recipe on the cluster that the arguments name."""
     cluster = _cluster(args)
     config = load_config(recipe.model)
-    _check_positions(recipe, config)
-    plan_model(recipe, config)  # refuses what training would refuse
+    check_lengths(recipe, config)
+    plan_model(recipe, config)  # both refuse what training would refuse
     subject = subject_of(recipe, config)
     load, notes = _load(recipe, args.epoch_tokens)
 
@@ -75,6 +73,8 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
     best = recommend(options, own)
     if best is None:
         raise RecipeError(_nothing_fits(options, cluster))
+    if subject.traces(best.choice.is_zero3).is_eager:
+        notes.append("attention is planned as eager, with its T^2 scores")
     knee = find_knee(subject, best, make, cluster, load)
     return Plan(
         model=recipe.model.name_or_path,
@@ -99,16 +99,6 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         gpu, found = detect_gpu(args.network_gbit)
         return Cluster(gpu, args.nodes, args.gpus_per_node or found)
     return Cluster(find_gpu(args.gpu, args.network_gbit), args.nodes, args.gpus_per_node or 8)
-
-
-def _check_positions(recipe: Recipe, config: Any) -> None:
-    """As `check_lengths` does before training; here there may be no tokenizer."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and recipe.data.max_length > positions:
-        raise RecipeError(
-            f"data.max_length: {recipe.data.max_length} is longer than the {positions} positions of "
-            f"{recipe.model.name_or_path}"
-        )
 
 
 def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
@@ -168,25 +158,28 @@ def _nothing_fits(options: list[Option], cluster: Cluster) -> str:
     return (
         f"does not fit: on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name} "
         f"({cluster.gpu.memory_gib:.1f} GiB) the least is {nearest.choice.name} with {nearest.choice.recompute} "
-        f"recomputation, which {over_by(nearest)}; largest part: {_largest(nearest)}"
+        f"recomputation, which needs {nearest.memory.needed_gib:.1f} GiB, {nearest.over_gib:.1f} GiB too many; "
+        f"largest part: {_largest(nearest)}"
     )
 
 
 def _largest(option: Option) -> str:
     name, size = max(option.memory.parts.items(), key=lambda item: item[1])
-    return f"{name.replace('_', ' ')} {size:.1f} GiB"
+    return f"{LABELS[name]} {size:.1f} GiB"
 
 
-def _write_json(made: Plan, path: Path, args: argparse.Namespace) -> None:
-    path.write_text(json.dumps(json_of(made), indent=1) + "\n", encoding="utf-8")
+def _overrides_text(made: Plan, args: argparse.Namespace) -> str:
+    """`--set` arguments, one a line; for a .yaml file the whole recipe with the overrides in it."""
+    lines = set_lines(made.overrides)
+    if Path(args.write).suffix not in (".yaml", ".yml"):
+        return "".join(f"{line}\n" for line in lines)
+    recipe = load_recipe(args.config, [*args.set, *(line.removeprefix("--set ") for line in lines)])
+    return yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
 
 
-def _write_overrides(made: Plan, path: Path, args: argparse.Namespace) -> None:
-    """`--set` lines; for a .yaml file the whole recipe with the overrides in it."""
-    if path.suffix in (".yaml", ".yml"):
-        arguments = [line.removeprefix("--set ") for line in set_lines(made.overrides)]
-        recipe = load_recipe(args.config, [*args.set, *arguments])
-        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
-    else:
-        text = "".join(f"{line}\n" for line in set_lines(made.overrides))
-    path.write_text(text, encoding="utf-8")
+def write_file(option: str, path: str | Path, text: str) -> None:
+    """Write what `option` asks for; RecipeError where that cannot be."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{option} {path}: {(error.strerror or str(error)).lower()}") from None

@@ -44,7 +44,6 @@ class Gpu:
     in_node_bytes: float
     pcie_bytes: float
     network_bytes: float
-    has_nvlink: bool
     peak_flops: float
     attention: dict[str, dict[str, float]]
     is_measured: bool
@@ -152,7 +151,6 @@ def _gpu(name: str, row: dict[str, Any]) -> Gpu:
         in_node_bytes=nvlink * 1e9 * constant("nvlink_share") if nvlink else pcie,
         pcie_bytes=pcie,
         network_bytes=row["network_gbit"] / 8 * 1e9 * constant("network_share"),
-        has_nvlink=bool(nvlink),
         peak_flops=peak,
         attention=row["attention"],
         is_measured="bf16_tflops_measured" in row,

@@ -104,14 +104,13 @@ def _always(subject: Subject, choice: Choice, world_size: int) -> dict[str, floa
     width = subject.settings.bytes_per_weight
     base = subject.base_parameters * width
     shard = base / world_size if choice.is_zero3 else base
-    hidden = subject.settings.num_tokens * subject.hidden * width
-    traces = subject.traces(choice.is_zero3)
-    per_layer = {"none": 0.0, "full": hidden, "selective": hidden + traces.whole.attention_bytes}[choice.recompute]
+    layer = subject.traces(choice.is_zero3).whole
+    kept = {"none": 0, "full": layer.input_bytes, "selective": layer.input_bytes + layer.attention_bytes}
     return {
         "base_weights": 0.0 if choice.offload else shard + _persistent(subject, choice, world_size),
         "hpz_copy": base / choice.hpz if choice.hpz > 1 else 0.0,
         "adapter_states": adapter_bytes(subject, choice, world_size),
-        "checkpoints": per_layer * subject.num_layers,
+        "checkpoints": kept[choice.recompute] * subject.num_layers,
         "communication": _buckets(subject, choice, world_size),
     }
 

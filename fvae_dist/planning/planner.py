@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -138,9 +139,9 @@ def epoch_of(option: Option, cluster: Cluster, load: Load) -> Epoch | None:
     if load.epoch_tokens is None:
         return None
     if load.epoch_sequences is not None:
-        steps = max(1, -(-load.epoch_sequences // (load.sequences * load.accumulation * cluster.world_size)))
+        steps = math.ceil(load.epoch_sequences / (load.sequences * load.accumulation * cluster.world_size))
     else:
-        steps = max(1, round(load.epoch_tokens / (option.step.tokens * cluster.world_size)))
+        steps = math.ceil(load.epoch_tokens / (option.step.tokens * cluster.world_size))
     hours = steps * option.step.seconds / 3600
     return Epoch(steps, load.epoch_tokens, hours, hours * cluster.world_size)
 
@@ -183,9 +184,12 @@ def find_knee(subject: Subject, option: Option, make: MakeChoice, cluster: Clust
     def is_hidden(nodes: int) -> bool:
         return _traffic_share(_on_nodes(subject, option, make, cluster, load, nodes)) <= 1
 
-    if is_hidden(_LARGEST_KNEE):
+    # From above by halves: offloaded weights are the better hidden the more nodes share them, until latency takes over.
+    hidden, exposed = _LARGEST_KNEE, 2 * _LARGEST_KNEE
+    while hidden and not is_hidden(hidden):
+        hidden, exposed = hidden // 2, hidden
+    if hidden == _LARGEST_KNEE:
         return None
-    hidden, exposed = 0, _LARGEST_KNEE
     while exposed - hidden > 1:
         middle = (hidden + exposed) // 2
         hidden, exposed = (middle, exposed) if is_hidden(middle) else (hidden, middle)

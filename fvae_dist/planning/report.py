@@ -93,20 +93,15 @@ def json_of(plan: Plan) -> dict[str, Any]:
             "memory_gib": cluster.gpu.memory_gib,
         },
         "load": asdict(plan.load) | {"max_length": plan.subject.settings.length},
-        "choices": [_option_json(option) for option in plan.options],
+        "choices": [option_json(option) for option in plan.options],
         "refused": [dict(zip(("deepspeed", "recompute", "reason"), row)) for row in plan.refused],
-        "recommended": _option_json(best) | {"epoch": asdict(epoch) if epoch else None, "overrides": plan.overrides},
+        "recommended": option_json(best) | {"epoch": asdict(epoch) if epoch else None, "overrides": plan.overrides},
         "traffic_variants": {name: _traffic_json(traffic) for name, traffic in plan.variants.items()},
         "curve": [asdict(point) for point in plan.points],
         "knee": asdict(plan.knee) if plan.knee else None,
         "constants": {name: asdict(entry) for name, entry in constants().items()},
         "notes": plan.notes,
     }
-
-
-def over_by(option: Option) -> str:
-    """How much memory a choice that does not fit lacks."""
-    return f"needs {option.memory.needed_gib:.1f} GiB, {option.over_gib:.1f} GiB too many"
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -267,7 +262,8 @@ def _constants(cluster: Cluster) -> str:
 # ---------------------------------------------------------------------------------------------------------------- forms
 
 
-def _option_json(option: Option) -> dict[str, Any]:
+def option_json(option: Option) -> dict[str, Any]:
+    """Every number of one choice."""
     step = option.step
     return {
         "deepspeed": option.choice.name,

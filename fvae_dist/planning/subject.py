@@ -47,11 +47,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerTraces:
-    """One decoder layer three times: without the adapter, with it, and with attention's own memory too."""
+    """One decoder layer three times: without the adapter, with it, and with attention's own memory too.
+
+    `is_eager`: attention ran with its T^2 scores, because it was asked for or because the model brings its own.
+    """
 
     bare: LayerTrace
     adapted: LayerTrace
     whole: LayerTrace
+    is_eager: bool
 
 
 @dataclass
@@ -64,9 +68,7 @@ class Subject:
         embedding_size, head_size: of the input embedding and of the language-model head; head 0 where they are one.
     """
 
-    config: PretrainedConfig
     settings: Settings
-    attach: Attach
     num_layers: int
     hidden: int
     vocabulary: int
@@ -88,11 +90,6 @@ class Subject:
     def trainable_parameters(self) -> int:
         return sum(self.trainable_sizes)
 
-    @property
-    def adapted_share(self) -> float:
-        """Share of the decoder layers that hold adapters."""
-        return self.adapted_layers / self.num_layers
-
     def traces(self, zero3: bool, shape: tuple[int, int] | None = None) -> LayerTraces:
         """One layer's traces for a micro-batch of `shape` (sequences, tokens of each), by default the longest.
 
@@ -113,6 +110,7 @@ class Subject:
                     bare=_trace(bare, index, shape, zero3, attention_memory=False),
                     adapted=_trace(adapted, index, shape, zero3, attention_memory=False),
                     whole=_trace(adapted, index, shape, zero3),
+                    is_eager=False,
                 )
             except Exception:  # an architecture with attention of its own, which needs a mask
                 pass
@@ -122,7 +120,7 @@ class Subject:
         except Exception as error:
             name = type(adapted).__name__
             raise PlanError(f"cannot run a layer of {name} on the meta device: {error}") from error
-        return LayerTraces(bare=without, adapted=whole, whole=whole)
+        return LayerTraces(bare=without, adapted=whole, whole=whole, is_eager=True)
 
 
 def describe(config: PretrainedConfig, settings: Settings, attach: Attach) -> Subject:
@@ -153,9 +151,7 @@ def describe(config: PretrainedConfig, settings: Settings, attach: Attach) -> Su
     head = base.get_output_embeddings()
     is_tied = head is None or getattr(text_config, "tie_word_embeddings", False)
     return Subject(
-        config=config,
         settings=settings,
-        attach=attach,
         num_layers=num_layers,
         hidden=embedding.shape[-1],
         vocabulary=embedding.shape[0],

@@ -166,9 +166,8 @@ def trace_layer(
     """
     run = _Run(model, layer, shape, zero3, eager_attention, attention_memory)
     once, twice = run(1), run(2)
-    hidden = once.hidden_bytes
     return LayerTrace(
-        input_bytes=hidden,
+        input_bytes=once.input_bytes,
         attention_bytes=once.attention_bytes,
         saved_bytes=twice.saved - once.saved,
         peak_bytes=max(once.forward_peak, once.backward_peak),
@@ -180,7 +179,7 @@ def trace_layer(
 
 @dataclass
 class _Counts:
-    hidden_bytes: int = 0
+    input_bytes: int = 0
     attention_bytes: int = 0
     saved: int = 0
     forward_peak: int = 0
@@ -212,7 +211,7 @@ class _Run:
         setattr(self.holder, self.name, nn.ModuleList([self.layer] * times))
         restore = _set_attention(self.backbone, "eager" if self.eager else ATTENTION)
         hidden = self._input()
-        counts = _Counts(hidden_bytes=hidden.numel() * hidden.itemsize)
+        counts = _Counts(input_bytes=hidden.numel() * hidden.itemsize)
         tracker = StorageTracker([*self.model.parameters(), *self.model.buffers(), hidden])
         handles = self._watch(tracker, counts)
         try:

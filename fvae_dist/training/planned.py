@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +75,7 @@ def make_choice(
     """
     training = recipe.training.model_copy(update={"deepspeed": None if name == WITHOUT_DEEPSPEED else name})
     changed = recipe.model_copy(update={"training": training})
-    with _node_of(gpus_per_node):
-        deepspeed = load_deepspeed_config(changed, world_size)
+    deepspeed = load_deepspeed_config(changed, world_size, gpus_per_node)
     if recompute == "selective" and zero_stage(deepspeed) == 3:
         raise RecipeError("TRL refuses selective recomputation under ZeRO-3")
     return choice_of(changed, subject, deepspeed, recompute)
@@ -104,17 +100,3 @@ def overrides_of(recipe: Recipe, choice: Choice) -> dict[str, Any]:
     if kwargs != recipe.training.gradient_checkpointing_kwargs:
         values["training.gradient_checkpointing_kwargs"] = kwargs
     return values
-
-
-@contextmanager
-def _node_of(gpus: int) -> Iterator[None]:
-    """What the launcher tells the ranks: hpZ's "auto" is one node."""
-    before = os.environ.get("LOCAL_WORLD_SIZE")  # which deepspeed_config.py reads
-    os.environ["LOCAL_WORLD_SIZE"] = str(gpus)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_WORLD_SIZE"]
-        else:
-            os.environ["LOCAL_WORLD_SIZE"] = before

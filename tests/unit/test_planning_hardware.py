@@ -1,5 +1,9 @@
 """The GPU table and the constants: found by name, or said what is meant; every constant says where it comes from."""
 
+import tomllib
+from fnmatch import fnmatch
+from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +12,15 @@ import torch
 from fvae_dist.planning import hardware
 from fvae_dist.planning.hardware import PlanError, constants, detect_gpu, find_gpu, gpu_names
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_every_gpu_can_be_used():
     assert {"a100-80", "h100-80", "h200-141"} <= set(gpu_names())
     for name in gpu_names():
         gpu = find_gpu(name)
         assert 0 < gpu.matmul_flops < gpu.peak_flops
-        assert 0 < gpu.network_bytes < gpu.in_node_bytes or not gpu.has_nvlink
+        assert 0 < gpu.network_bytes < 1e12 and 0 < gpu.in_node_bytes < 1e12
         for kind in ("flash_attention_2", "sdpa"):
             for length in (128, 4096, 8192, 40_000, 10**6):
                 assert 0 < gpu.attention_flops(kind, length) < gpu.peak_flops
@@ -58,6 +64,14 @@ def test_every_constant_says_where_it_comes_from():
     kinds = {entry.kind for entry in constants().values()}
     assert kinds == {"measured", "fitted", "source", "assumed"}
     assert all(entry.source and entry.unit and entry.value > 0 for entry in constants().values())
+
+
+def test_tables_are_part_of_the_package():
+    """Found as an installed package finds them, and named to setuptools so that a wheel holds them."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fvae_dist"]
+    tables = [path for path in resources.files("fvae_dist.planning").iterdir() if path.name.endswith(".json")]
+    assert {path.name for path in tables} == {"calibration.json", "gpus.json"}
+    assert all(any(fnmatch(f"planning/{path.name}", pattern) for pattern in patterns) for path in tables)
 
 
 def test_detection(monkeypatch):
