@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ SIZES = {
 }
 
 
-@cache
 def subject(
     size: str = "8b",
     length: int = 8192,
@@ -46,10 +46,15 @@ def subject(
     liger: bool = False,
     dtype: str = "bfloat16",
 ) -> Subject:
-    """A Llama of that size with adapters on q and v; made and traced once for all tests."""
+    """A Llama of that size with adapters on q and v; made once for all tests, and traced once for each length."""
+    made = _subject(size, peft_type, attention, liger, dtype)
+    return replace(made, settings=replace(made.settings, sequences=sequences, length=length))
+
+
+@cache
+def _subject(size: str, peft_type: str, attention: str, liger: bool, dtype: str) -> Subject:
     adapter = {"peft_type": peft_type, "r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    settings = Settings(dtype, sequences, length, attention, liger)
-    return subject_of_config(LlamaConfig(**SIZES[size]), adapter, settings)
+    return subject_of_config(LlamaConfig(**SIZES[size]), adapter, Settings(dtype, 1, 1, attention, liger))
 
 
 def subject_of_config(config: PretrainedConfig, adapter: dict[str, Any], settings: Settings) -> Subject:

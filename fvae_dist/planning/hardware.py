@@ -145,7 +145,7 @@ def _gpu(name: str, row: dict[str, Any]) -> Gpu:
     return Gpu(
         name=name,
         memory_gib=row["memory_gib"],
-        matmul_flops=matmul * constant("matmul_in_model"),
+        matmul_flops=matmul,
         fp32_flops=row["fp32_tflops"] * 1e12 * constant("fp32_share"),
         copy_bytes=copy * constant("elementwise_in_model"),
         in_node_bytes=nvlink * 1e9 * constant("nvlink_share") if nvlink else pcie,

@@ -17,9 +17,7 @@ from fvae_dist.training.recipe import Recipe, RecipeError
 _OPTIMIZER_KEYS = ("optimizer", "scheduler")
 
 
-def load_deepspeed_config(
-    recipe: Recipe, world_size: int, ranks_per_node: int | None = None
-) -> dict[str, Any] | None:
+def load_deepspeed_config(recipe: Recipe, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any] | None:
     """The DeepSpeed dict of a recipe, or None for training.deepspeed: null.
 
     Precision (fp32 adapters around a 16-bit base): at stage 3 bf16/fp16 is enabled, because it is what the base is

@@ -70,9 +70,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_lengths(
-    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
+def check_lengths(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Refuse sequences longer than the model's positions and a tokenizer (if given) larger than its vocabulary."""
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)

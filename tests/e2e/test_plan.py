@@ -34,7 +34,7 @@ SECTIONS = [
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """recipe(**sections): a recipe in a working directory of its own, with the shipped configurations and 20 records."""
+    """recipe(**sections): a recipe, the shipped configurations and 20 records, in a working directory of their own."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -89,7 +89,7 @@ def test_report_and_its_numbers(recipe, capsys):
     best = numbers["recommended"]
     assert f"== Recommended: {best['deepspeed']}, recompute {best['recompute']} ==" in text
     assert best["step_s"] <= 1.03 * min(row["step_s"] for row in numbers["choices"])
-    assert [key for key in numbers["traffic_variants"]][1:] == ["ZeRO-3", "ZeRO-3, hpZ", "ZeRO-3, quantised weights"]
+    assert list(numbers["traffic_variants"])[1:] == ["ZeRO-3", "ZeRO-3, hpZ", "ZeRO-3, quantised weights"]
     assert [point["nodes"] for point in numbers["curve"]][:3] == [1, 2, 4]
     # 20 records of one sequence each, 16 GPUs: two steps.
     assert best["epoch"]["steps"] == 2
@@ -160,7 +160,15 @@ def test_what_cannot_fit_is_refused_with_the_lack(recipe, capsys):
     for config in Path("ds_configs").glob("zero3*.json"):
         config.unlink()
     line = refused(
-        capsys, "--config", path, "--gpu", "l4", "--gpus-per-node", "2", "--set", "training.deepspeed=ds_configs/zero2.json"
+        capsys,
+        "--config",
+        path,
+        "--gpu",
+        "l4",
+        "--gpus-per-node",
+        "2",
+        "--set",
+        "training.deepspeed=ds_configs/zero2.json",
     )
     lack = re.fullmatch(
         r"does not fit: on 1 x 2 l4-24 \(22\.0 GiB\) the least is ds_configs/zero2\.json with full recomputation, "
@@ -220,7 +228,7 @@ def test_detection_needs_a_device(recipe, capsys, monkeypatch):
         assert refused(capsys, *arguments) == "--detect: there is no CUDA device here; name one with --gpu"
 
 
-# -------------------------------------------------------------------------------------------- dry run, script, measuring
+# ------------------------------------------------------------------------------------------ dry run, script, measuring
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3_hpz"])
@@ -289,6 +297,8 @@ def test_measuring_goes_on_after_a_run_that_fails(tmp_path, monkeypatch, capsys)
     out = tmp_path / "measured.json"
     text = plan(capsys, "--measure", "1", "2", "--gpu", "l4", "--json", str(out))
     rows = json.loads(out.read_text())
-    seen = [(row["gpus"], row["planned"]["deepspeed"].rpartition("/")[2], row["error"], row["measured_s"]) for row in rows]
+    seen = [
+        (row["gpus"], row["planned"]["deepspeed"].rpartition("/")[2], row["error"], row["measured_s"]) for row in rows
+    ]
     assert seen == [(1, "zero2.json", "exit code 1", None), (2, "zero3.json", "exit code 1", None)]
     assert text.count("| failed |") == 4 and "Memory within 10%: 0 of 2; step within 20%: 0." in text

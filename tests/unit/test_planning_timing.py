@@ -25,7 +25,10 @@ def step(of=None, name="zero3", recompute="full", nodes=1, gpus=8, accumulation=
     ],
 )
 def test_measured_steps_of_plain_peft(liger, length, recompute, measured_s):
-    """PEFT LoRA, Llama-3-8B shape, one H200, SDPA (cuDNN), without DeepSpeed: what two constants were fitted to."""
+    """PEFT LoRA, Llama-3-8B shape, one H200, SDPA (cuDNN), without DeepSpeed.
+
+    What `elementwise_in_model` was fitted to; our stack adds casts for fp32 adapters and makes the logits once more.
+    """
     of = subject("8b", length, "LORA", attention="sdpa", liger=liger)
     planned = step(of, None, recompute, gpus=1, gpu=H200)
     assert planned.seconds == pytest.approx(measured_s, rel=0.08)
@@ -78,10 +81,11 @@ def test_grows_with_accumulation_and_sequences():
     assert thrice.host_s == pytest.approx(3 * once.host_s)
     assert thrice.tokens == 3 * 8192
     # Time is for the data's mean length, memory for the longest.
-    short = step(name="zero2", shape=(1, 1024))
+    of = subject(peft_type="LORA")
+    short = step(of, "zero2", shape=(1, 1024))
     assert short.tokens == 1024
-    assert short.products_s == pytest.approx(step(name="zero2").products_s / 8, rel=0.2)
-    assert step(name="zero2", shape=(4, 1024)).products_s == pytest.approx(4 * short.products_s, rel=0.05)
+    assert short.products_s == pytest.approx(step(of, "zero2").products_s / 8, rel=0.2)
+    assert step(of, "zero2", shape=(4, 1024)).products_s == pytest.approx(4 * short.products_s, rel=0.05)
 
 
 def test_without_zero_the_host_launches_kernels():
@@ -96,14 +100,14 @@ def test_without_zero_the_host_launches_kernels():
 @pytest.mark.parametrize(
     ("bound", "arguments"),
     [
-        ("arithmetic, most of it attention", {"of": ("8b", 524_288)}),
+        ("arithmetic, most of it attention", {"of": ("8b", 524_288, "LORA")}),
         ("arithmetic, most of it matrix products", {"of": ("8b", 8192, "LORA"), "name": "zero2"}),
         ("the host (Python and kernel launches)", {}),
         ("traffic between nodes", {"nodes": 4, "gpu": find_gpu("h100-80", 10)}),
-        ("traffic inside the node", {"gpu": find_gpu("l40s"), "of": ("70b", 1024)}),
+        ("traffic inside the node", {"gpu": find_gpu("l40s"), "of": ("70b", 1024, "LORA")}),
         ("weights from host memory", {"gpus": 1, "name": "zero3_cpu_offload", "of": ("70b", 1024, "LORA")}),
-        ("weights from the drives", {"name": "zero3_nvme_offload", "of": ("70b", 1024)}),
-        ("latency of collectives", {"nodes": 2048, "of": ("70b", 1024)}),
+        ("weights from the drives", {"name": "zero3_nvme_offload", "of": ("70b", 1024, "LORA")}),
+        ("latency of collectives", {"nodes": 2048, "of": ("70b", 1024, "LORA")}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
