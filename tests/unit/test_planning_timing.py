@@ -89,7 +89,7 @@ def test_grows_with_accumulation_and_sequences():
 
 
 def test_without_zero_the_host_launches_kernels():
-    of = subject("tiny", 64)
+    of = subject("tiny", 64, "LORA")
     planned = step(of, None, "none", gpus=1)
     whole = of.traces(zero3=False).whole
     kernels = 4 * (whole.forward.num_kernels + whole.backward.num_kernels)
