@@ -8,7 +8,7 @@ from typing import Any
 
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import Cluster, constants
-from fvae_dist.planning.memory import MemoryEstimate
+from fvae_dist.planning.memory import PARTS, MemoryEstimate, estimate_moments
 from fvae_dist.planning.planner import Epoch, Knee, Load, Option, Point, epoch_of
 from fvae_dist.planning.subject import Subject
 from fvae_dist.planning.traffic import Traffic
@@ -70,7 +70,7 @@ def text_of(plan: Plan) -> str:
         "Planned": _planned(plan),
         "Choices": _choices(plan),
         f"Recommended: {_name(best.choice)}": _recommended(plan),
-        "Memory of one GPU at its peak": _memory(plan),
+        "Memory of one GPU": _memory(plan),
         "Traffic of one optimizer step, per GPU": _traffic(plan),
         "Nodes": _curve(plan),
         "Constants": _constants(plan.cluster),
@@ -95,7 +95,12 @@ def json_of(plan: Plan) -> dict[str, Any]:
         "load": asdict(plan.load) | {"max_length": plan.subject.settings.length},
         "choices": [option_json(option) for option in plan.options],
         "refused": [dict(zip(("deepspeed", "recompute", "reason"), row)) for row in plan.refused],
-        "recommended": option_json(best) | {"epoch": asdict(epoch) if epoch else None, "overrides": plan.overrides},
+        "recommended": option_json(best)
+        | {
+            "moments_gib": {memory.moment: memory.parts for memory in _moments(plan)},
+            "epoch": asdict(epoch) if epoch else None,
+            "overrides": plan.overrides,
+        },
         "traffic_variants": {name: _traffic_json(traffic) for name, traffic in plan.variants.items()},
         "curve": [asdict(point) for point in plan.points],
         "knee": asdict(plan.knee) if plan.knee else None,
@@ -129,17 +134,17 @@ def _planned(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """Of the recommended choice, and of the recipe's own beside it."""
-    best = plan.recommended
-    own = next((o for o in plan.options if (o.choice.name, o.choice.recompute) == plan.own and o is not best), None)
-    if own is None:
-        return memory_table(best.memory)
-    rows = [(LABELS[name], f"{size:.3f}", f"{own.memory.parts[name]:.3f}") for name, size in best.memory.parts.items()]
-    rows.append(("total", f"{best.memory.total_gib:.3f}", f"{own.memory.total_gib:.3f}"))
-    rows.append(("needed", f"{best.memory.needed_gib:.3f}", f"{own.memory.needed_gib:.3f}"))
-    rows.append(("peak in", best.memory.moment, own.memory.moment))
-    table = _table(("GiB", "recommended", "as the recipe has it"), rows)
+    """Of the recommended choice at each moment that can be the peak."""
+    moments = _moments(plan)
+    rows = [(LABELS[name], *(f"{m.parts[name]:.3f}" for m in moments)) for name in PARTS]
+    rows.append(("total", *(f"{m.total_gib:.3f}" for m in moments)))
+    rows.append(("needed", *(f"{m.needed_gib:.3f}" for m in moments)))
+    table = _table(("GiB in", *(m.moment for m in moments)), rows)
     return f"{table}\n(needed: with CUDA context, NCCL's buffers and fragmentation)"
+
+
+def _moments(plan: Plan) -> list[MemoryEstimate]:
+    return estimate_moments(plan.subject, plan.recommended.choice, plan.cluster.world_size)
 
 
 def _choices(plan: Plan) -> str:
@@ -158,11 +163,15 @@ def _choices(plan: Plan) -> str:
                 _bytes(traffic.between_nodes_bytes),
                 _seconds(option.step.seconds),
                 f"{option.step.tokens_per_s_per_gpu:,.0f}",
-                option.step.bound if option.fits else f"does not fit: {-option.over_gib:+.1f} GiB",
+                option.step.bound if option.fits else f"does not fit by {option.over_gib:.1f} GiB",
             )
         )
-    rows += [(f"  {name}", recompute, "", "", "", "", "", "", why) for name, recompute, why in plan.refused]
-    return _table(header, rows) + "\n(* recommended, = as the recipe has it; GiB and bytes are one GPU's)"
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, recompute, why in plan.refused:
+        names.setdefault((recompute, why), []).append(name)
+    refused = [f"not recompute {how} with {', '.join(configs)}: {why}" for (how, why), configs in names.items()]
+    legend = "(* recommended, = as the recipe has it; GiB and bytes are one GPU's)"
+    return "\n".join([_table(header, rows), legend, *refused])
 
 
 def _recommended(plan: Plan) -> str:

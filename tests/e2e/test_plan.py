@@ -28,7 +28,7 @@ SECTIONS = [
     "Planned",
     "Choices",
     "Recommended",
-    "Memory of one GPU at its peak",
+    "Memory of one GPU",
     "Traffic of one optimizer step, per GPU",
     "Nodes",
     "Constants",
@@ -87,6 +87,7 @@ def test_report_and_its_numbers(recipe, capsys):
     assert len(numbers["choices"]) == 5 * 3 - 4 and len(numbers["refused"]) == 4
     assert {row["recompute"] for row in numbers["refused"]} == {"selective"}
     assert all("TRL refuses" in row["reason"] for row in numbers["refused"])
+    assert text.count("not recompute selective with ds_configs/zero3.json, ds_configs/zero3_") == 1
     for row in numbers["choices"]:
         assert set(row["memory_gib"]) == set(LABELS)
         assert row["fits"] and row["total_gib"] == pytest.approx(sum(row["memory_gib"].values()))
@@ -95,6 +96,10 @@ def test_report_and_its_numbers(recipe, capsys):
         assert f"{row['needed_gib']:.1f}" in text
     best = numbers["recommended"]
     assert f"== Recommended: {best['deepspeed']}, recompute {best['recompute']} ==" in text
+    assert max(sum(parts.values()) for parts in best["moments_gib"].values()) == pytest.approx(best["total_gib"])
+    assert all(
+        re.search(rf"^{re.escape(label)} +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE) for label in LABELS.values()
+    )
     assert best["step_s"] <= 1.03 * min(row["step_s"] for row in numbers["choices"])
     assert list(numbers["traffic_variants"])[1:] == ["ZeRO-3", "ZeRO-3, hpZ", "ZeRO-3, quantised weights"]
     assert [point["nodes"] for point in numbers["curve"]][:3] == [1, 2, 4]
