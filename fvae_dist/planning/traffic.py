@@ -70,7 +70,7 @@ def estimate_traffic(subject: Subject, choice: Choice, cluster: Cluster, accumul
     shard = sum(gathered.values()) * subject.settings.bytes_per_weight / cluster.world_size if choice.offload else 0.0
     nvme = shard * cluster.gpus_per_node if choice.offload == "nvme" else 0.0
     gpu = cluster.gpu
-    update = parameters / subject.settings.bytes_per_weight  # fp32 whatever the base
+    update = parameters * (cluster.world_size - 1) / cluster.world_size
     return Traffic(
         gathered=gathered,
         in_node_bytes=inside,
@@ -81,7 +81,8 @@ def estimate_traffic(subject: Subject, choice: Choice, cluster: Cluster, accumul
         between_nodes_s=across / gpu.network_bytes,
         host_s=max(shard / gpu.pcie_bytes, nvme / (constant("nvme_gb_s") * 1e9)),
         latency_s=_num_gathers(subject, choice, cluster, accumulation) * _ring_latency_s(ranks, nodes),
-        update_s=update / gpu.in_node_bytes + (_ring_latency_s(cluster.world_size, cluster.nodes) if adapters else 0.0),
+        update_s=max(update / gpu.in_node_bytes, _between(parameters, cluster.nodes, cluster) / gpu.network_bytes)
+        + _ring_latency_s(cluster.world_size, cluster.nodes),
     )
 
 

@@ -70,7 +70,7 @@ def test_peak_is_the_largest_moment():
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_grows_with_the_length(name):
-    totals = [estimate(subject(length=n), name).total_gib for n in (512, 4096, 8192, 32768, 524288)]
+    totals = [estimate(subject(length=n, peft_type="LORA"), name).total_gib for n in (512, 8192, 524288)]
     assert totals == sorted(totals) and len(set(totals)) == len(totals)
 
 

@@ -102,7 +102,7 @@ def test_leaves_no_trace():
     linear, autocast, enabled = F.linear, torch.autocast, torch.is_autocast_enabled
     config = LlamaConfig(**SIZES["tiny"])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
     holder, name = find_layers(model, config.num_hidden_layers)
     layers = getattr(holder, name)
     trace_layer(model, layers[0], (1, 32), zero3=True)
