@@ -65,7 +65,7 @@ def test_peak_is_the_largest_moment():
     assert [m.moment for m in moments] == ["a layer's backward pass", "the loss", "the optimizer's step"]
     assert estimate().total_gib == max(m.total_gib for m in moments)
     # With few tokens and a large head the loss is the peak: TRL gathers the head beside the prefetched layers.
-    assert estimate(subject("405b", 512), world_size=1024).moment == "the loss"
+    assert estimate(subject("405b", 512, "LORA"), world_size=1024).moment == "the loss"
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
@@ -155,6 +155,6 @@ def test_offloaded_weights_lie_on_the_host():
 
 
 def test_eager_attention_keeps_its_scores():
-    flash, eager = (subject("tiny", 4096, attention=kind) for kind in ("flash_attention_2", "eager"))
+    flash, eager = (subject("tiny", 4096, "LORA", attention=kind) for kind in ("flash_attention_2", "eager"))
     scores = 4096**2 * 4 * 2 / GIB  # one matrix of four heads in 16 bits
     assert estimate(eager).total_gib > estimate(flash).total_gib + 2 * scores

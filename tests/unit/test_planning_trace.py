@@ -82,11 +82,11 @@ def _saved_bytes(model, backbone, shape) -> int:
 
 
 def test_scales_with_tokens():
-    once, twice = (subject("tiny", length).traces(zero3=True).whole for length in (4096, 8192))
+    once, twice = (subject("tiny", length, "LORA").traces(zero3=True).whole for length in (4096, 8192))
     assert twice.saved_bytes == pytest.approx(2 * once.saved_bytes, rel=1e-3)
     assert twice.peak_bytes == pytest.approx(2 * once.peak_bytes, rel=0.02)
     assert twice.forward.attention_flops == pytest.approx(4 * once.forward.attention_flops)
-    batch = subject("tiny", 4096, sequences=2).traces(zero3=True).whole
+    batch = subject("tiny", 4096, "LORA", sequences=2).traces(zero3=True).whole
     assert batch.forward.attention_flops == pytest.approx(2 * once.forward.attention_flops)
 
 
@@ -155,16 +155,16 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_can_be_planned(name):
     make_config, targets = ARCHITECTURES[name]
-    of = subject_of_config(make_config(), {"peft_type": "FVAE_LORA", "r": 4, "target_modules": targets}, SETTINGS)
+    of = subject_of_config(make_config(), {"peft_type": "LORA", "r": 4, "target_modules": targets}, SETTINGS)
     assert of.adapted_layers == of.num_layers == 2
     traces = of.traces(zero3=True)
     assert 0 < traces.bare.saved_bytes < traces.whole.saved_bytes < traces.whole.peak_bytes
     assert traces.bare.forward.flops > 0
-    for name in ("zero2", "zero3"):
-        assert estimate_memory(of, choice(of, name), 8).total_gib > 0
+    assert estimate_memory(of, choice(of), 8).total_gib > 0
 
 
 def test_mixture_counts_the_experts_that_run():
@@ -201,7 +201,7 @@ def test_adapters_can_be_planned(adapter):
 
 
 def test_only_adapted_layers_pay_for_adapters():
-    adapter = {"peft_type": "FVAE_LORA", "r": 4, "target_modules": TARGETS}
+    adapter = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS}
     one = subject_of_config(LlamaConfig(**SIZES["tiny"]), adapter | {"layers_to_transform": [1]}, SETTINGS)
     every = subject_of_config(LlamaConfig(**SIZES["tiny"]), adapter, SETTINGS)
     of_one, of_all = (estimate_memory(of, choice(of, None, "none"), 1).adapter_activations_gib for of in (one, every))
