@@ -22,7 +22,12 @@ _GRACE_S = 5.0
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fvae-dist`."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train_command, "export": export_command, "checkpoint": checkpoint_command}
+    commands = {
+        "train": train_command,
+        "export": export_command,
+        "plan": plan_command,
+        "checkpoint": checkpoint_command,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: fvae-dist {{{','.join(commands)}}} ...\n\nEach command has --help.")
         return 0 if argv else EXIT_BAD_INPUT
@@ -171,6 +176,75 @@ def checkpoint_command(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         _report(error)
         return EXIT_BAD_INPUT
+
+
+def plan_command(argv: list[str] | None = None) -> int:
+    """Plan a recipe on a cluster. Exit codes: 0 done; 2 bad recipe or argument, or nothing fits; else a crash."""
+    _set_up_output()
+    try:
+        args = _parse_plan(argv)
+        if args.measure:
+            from fvae_dist.plan_measure import measure
+
+            print(measure(args))
+            return 0
+        # Imported only now: --help and a mistake in the arguments take no seconds.
+        from fvae_dist.plan_command import plan
+
+        print(plan(args))
+        return 0
+    except RecipeError as error:
+        _report(error)
+        return EXIT_BAD_INPUT
+
+
+def _parse_plan(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="launch/plan.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Memory, traffic and time of a recipe on a cluster, for every DeepSpeed configuration and kind of\n"
+        "recomputation; the one to take, what bounds it, and how it scales. Needs no GPU and no weights.",
+        epilog="""examples:
+  python launch/plan.py --config launch/recipes/llama3_70b_multinode.yaml --nodes 4 --gpus-per-node 8 --gpu h100-80
+  python launch/plan.py --config launch/recipes/llama3_8b_longcontext.yaml --detect --write chosen.txt
+  deepspeed launch/train.py --config launch/recipes/llama3_8b_longcontext.yaml $(cat chosen.txt)
+  python launch/plan.py --measure 1 2 --json measured.json""",
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="recipe YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override (repeatable)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs a node (default: 8; with --detect all)")
+    parser.add_argument("--gpu", metavar="NAME", help="a GPU of fvae_dist/planning/gpus.json, e.g. h100-80")
+    parser.add_argument("--detect", action="store_true", help="take this machine's GPUs instead")
+    parser.add_argument("--network-gbit", type=float, metavar="X", help="Gbit/s between nodes for each GPU")
+    parser.add_argument("--epoch-tokens", type=int, metavar="N", help="tokens of an epoch, instead of counting them")
+    parser.add_argument("--json", metavar="FILE", help="write every number as JSON")
+    parser.add_argument(
+        "--write", metavar="FILE", help="write what to --set for the recommended choice; .yaml: the recipe with it"
+    )
+    parser.add_argument(
+        "--measure",
+        type=int,
+        nargs="+",
+        metavar="GPUS",
+        help="instead: train four settings on so many GPUs of this machine and compare with the plan; takes of the "
+        "other arguments --set, --gpu and --json, beside which the table is written as .md",
+    )
+    args = parser.parse_args(argv)
+    if args.measure is not None:
+        if args.config or args.write or min(args.measure) < 1:
+            parser.error("--measure takes numbers of GPUs, and of the other arguments --set, --gpu and --json")
+        return args
+    if not args.config:
+        parser.error("--config is required")
+    if bool(args.gpu) == args.detect:
+        parser.error("give --gpu NAME or --detect")
+    for name in ("nodes", "gpus_per_node", "epoch_tokens", "network_gbit"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be > 0, got {value}")
+    return args
 
 
 def _report(error: RecipeError) -> None:

@@ -17,12 +17,15 @@ from fvae_dist.training.recipe import Recipe, RecipeError
 _OPTIMIZER_KEYS = ("optimizer", "scheduler")
 
 
-def load_deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any] | None:
+def load_deepspeed_config(recipe: Recipe, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any] | None:
     """The DeepSpeed dict of a recipe, or None for training.deepspeed: null.
 
     Precision (fp32 adapters around a 16-bit base): at stage 3 bf16/fp16 is enabled, because it is what the base is
     loaded and sharded in; adapters are attached outside zero.Init and stay fp32. At stages 0 to 2 it is not, because
     DeepSpeed would cast the adapters too. Gradients are reduced and accumulated in fp32 at every stage.
+
+    Args:
+        ranks_per_node: what hpZ's "auto" is; default: what the launcher says.
 
     Raises:
         RecipeError: unreadable JSON, or one that contradicts the recipe; names file and key.
@@ -44,7 +47,8 @@ def load_deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any] | N
     _refuse_typos(config, [*stated, *_OPTIMIZER_KEYS, "zero_optimization"], path)
     _merge(config, stated, path, ())
     if zero.get("zero_hpz_partition_size") == "auto":
-        zero["zero_hpz_partition_size"] = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+        zero["zero_hpz_partition_size"] = ranks_per_node or int(launched)
     partition = zero.get("zero_hpz_partition_size", 1)
     if not _is_int(partition) or partition < 1 or world_size % partition:
         raise RecipeError(

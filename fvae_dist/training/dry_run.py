@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+import os
 from typing import Any
 
 import yaml
 
+from fvae_dist.planning.hardware import PlanError
 from fvae_dist.planning.memory import estimate_memory
+from fvae_dist.planning.report import memory_table
 from fvae_dist.training.data import render_example
-from fvae_dist.training.deepspeed_config import size_for_adapter, zero_stage
+from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
+from fvae_dist.training.planned import choice_of, own_recompute, subject_of
 from fvae_dist.training.run import Prepared
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHOWN_CHARACTERS = 4000
 
 
 def describe(prepared: Prepared, world_size: int) -> str:
     """The whole report; `world_size` is the number of devices it is computed for."""
     recipe = prepared.recipe
+    deepspeed = _deepspeed(prepared, world_size)
     sections = {
         "Recipe": yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True).rstrip(),
-        "DeepSpeed config": _deepspeed(prepared),
+        "DeepSpeed config": json.dumps(deepspeed, indent=2),
         "Model": _model(prepared),
         "Data": _data(prepared, world_size),
-        f"Memory per device, {world_size} device(s), estimated": _memory(prepared, world_size),
+        f"Memory per device, {world_size} device(s), estimated": _memory(prepared, deepspeed, world_size),
         "First example (loss on what stands between the brackets ⟦ ⟧)": _shortened(
             render_example(prepared.data.train[0], prepared.tokenizer)
         ),
@@ -34,12 +37,12 @@ def describe(prepared: Prepared, world_size: int) -> str:
     return "\n\n".join(f"== {title} ==\n{text}" for title, text in sections.items())
 
 
-def _deepspeed(prepared: Prepared) -> str:
-    """As DeepSpeed gets it, the sizes that depend on the adapter filled in."""
-    config = copy.deepcopy(prepared.deepspeed)
+def _deepspeed(prepared: Prepared, world_size: int) -> dict[str, Any] | None:
+    """As DeepSpeed gets it: what depends on the adapter, and on the nodes that a launcher would state, filled in."""
+    config = load_deepspeed_config(prepared.recipe, world_size, _node(world_size))
     if config is not None:
         size_for_adapter(config, prepared.plan.trainable_sizes, prepared.plan.base_sizes)
-    return json.dumps(config, indent=2)
+    return config
 
 
 def _model(prepared: Prepared) -> str:
@@ -80,27 +83,24 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _memory(prepared: Prepared, world_size: int) -> str:
+def _memory(prepared: Prepared, deepspeed: dict[str, Any] | None, world_size: int) -> str:
+    """As `launch/plan.py` plans it, for the recipe as it stands."""
     recipe = prepared.recipe
-    estimate = estimate_memory(
-        prepared.config.get_text_config(),
-        base_parameters=prepared.plan.base_parameters,
-        trainable_parameters=prepared.plan.trainable_parameters,
-        bytes_per_weight=_BYTES[recipe.model.dtype],
-        num_tokens=recipe.data.max_length * recipe.training.per_device_train_batch_size,
-        stage=zero_stage(prepared.deepspeed),
-        world_size=world_size,
-        checkpointing=recipe.training.gradient_checkpointing,
-    )
-    return "\n".join(
-        [
-            f"base weights        {estimate.base_weights_gib:9.3f} GiB",
-            f"gathered weights    {estimate.gathered_weights_gib:9.3f} GiB",
-            f"adapter and states  {estimate.adapter_states_gib:9.3f} GiB",
-            f"activations         {estimate.activations_gib:9.3f} GiB",
-            f"total               {estimate.total_gib:9.3f} GiB (plus about 1 GiB of CUDA context)",
-        ]
-    )
+    try:
+        subject = subject_of(recipe, prepared.config, prepared.attention)
+        choice = choice_of(recipe, subject, deepspeed, own_recompute(recipe))
+        estimate = estimate_memory(subject, choice, world_size, on_cpu=recipe.training.use_cpu is True)
+    except PlanError as error:  # training does not need the estimate
+        return f"unknown: {error}"
+    return memory_table(estimate) + "\n(time, traffic and other choices: python launch/plan.py --help)"
+
+
+def _node(world_size: int) -> int:
+    """Devices of a node: what a launcher says, else 8, or all of them."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE")
+    if stated is not None:
+        return int(stated)
+    return 8 if world_size % 8 == 0 else world_size
 
 
 def _shortened(text: str) -> str:

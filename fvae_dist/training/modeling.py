@@ -104,8 +104,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_lengths(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse sequences longer than the model's positions and a tokenizer larger than its vocabulary."""
+def check_lengths(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Refuse sequences longer than the model's positions and a tokenizer (if given) larger than its vocabulary."""
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and recipe.data.max_length > positions:
@@ -113,7 +113,7 @@ def check_lengths(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTraine
             f"data.max_length: {recipe.data.max_length} is longer than the {positions} positions of "
             f"{recipe.model.name_or_path}"
         )
-    if len(tokenizer) > text_config.vocab_size:
+    if tokenizer is not None and len(tokenizer) > text_config.vocab_size:
         raise RecipeError(
             f"model.tokenizer: {len(tokenizer)} tokens do not fit the vocabulary of {text_config.vocab_size} of "
             f"{recipe.model.name_or_path}"

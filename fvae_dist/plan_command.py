@@ -1,0 +1,185 @@
+"""What `fvae-dist plan` does: a recipe and a cluster in, every way of running it and the one to take out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fvae_dist.planning.choice import Choice, Recompute
+from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
+from fvae_dist.planning.planner import Load, Option, find_knee, plan_choice, recommend, scale
+from fvae_dist.planning.report import LABELS, Plan, json_of, set_lines, text_of
+from fvae_dist.planning.subject import Subject
+from fvae_dist.planning.traffic import Traffic, estimate_traffic
+from fvae_dist.training.data import prepare_data
+from fvae_dist.training.modeling import check_lengths, load_config, load_tokenizer, plan_model
+from fvae_dist.training.planned import (
+    deepspeed_configs,
+    make_choice,
+    overrides_of,
+    own_config,
+    own_recompute,
+    subject_of,
+)
+from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.recipe_file import load_recipe
+
+_RECOMPUTES: tuple[Recompute, ...] = ("full", "selective", "none")
+
+
+def plan(args: argparse.Namespace) -> str:
+    """Plan what the arguments say; returns the report, and writes the files that were asked for.
+
+    Raises:
+        RecipeError: a mistake in recipe or arguments, or nothing fits; then it says by how much.
+    """
+    try:
+        made = make_plan(load_recipe(args.config, args.set), args)
+    except PlanError as error:
+        raise RecipeError(str(error)) from None
+    if args.json:
+        write_file("--json", args.json, json.dumps(json_of(made), indent=1) + "\n")
+    if args.write:
+        write_file("--write", args.write, _overrides_text(made, args))
+    return text_of(made)
+
+
+def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
+    """The plan of a recipe on the cluster that the arguments name."""
+    cluster = _cluster(args)
+    config = load_config(recipe.model)
+    check_lengths(recipe, config)
+    plan_model(recipe, config)  # both refuse what training would refuse
+    subject = subject_of(recipe, config)
+    load, notes = _load(recipe, args.epoch_tokens)
+
+    def make(name: str, recompute: Recompute, of_size: Cluster) -> Choice:
+        return make_choice(recipe, subject, name, recompute, of_size.world_size, of_size.gpus_per_node)
+
+    options, refused = [], []
+    own = (own_config(recipe), own_recompute(recipe))
+    make(*own, cluster)  # the recipe's own must be sound; any other is only listed
+    for name, recompute in product(deepspeed_configs(recipe), _RECOMPUTES):
+        try:
+            options.append(plan_choice(subject, make(name, recompute, cluster), cluster, load))
+        except RecipeError as error:
+            refused.append((name, recompute, str(error)))
+    best = recommend(options, own)
+    if best is None:
+        raise RecipeError(_nothing_fits(options, cluster))
+    if subject.traces(best.choice.is_zero3).is_eager:
+        notes.append("attention is planned as eager, with its T^2 scores")
+    knee = find_knee(subject, best, make, cluster, load)
+    return Plan(
+        model=recipe.model.name_or_path,
+        adapter=str(recipe.adapter.get("peft_type", "FVAE_LORA")),
+        subject=subject,
+        cluster=cluster,
+        load=load,
+        options=options,
+        refused=refused,
+        own=own,
+        recommended=best,
+        variants=_variants(subject, best, options, cluster, load),
+        points=scale(subject, best, make, cluster, load, knee),
+        knee=knee,
+        overrides=overrides_of(recipe, best.choice),
+        notes=notes,
+    )
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    if args.detect:
+        gpu, found = detect_gpu(args.network_gbit)
+        return Cluster(gpu, args.nodes, args.gpus_per_node or found)
+    return Cluster(find_gpu(args.gpu, args.network_gbit), args.nodes, args.gpus_per_node or 8)
+
+
+def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
+    """What a step works on, from the data where it is here; and notes on what was assumed."""
+    training = recipe.training
+    load = Load(
+        accumulation=training.gradient_accumulation_steps,
+        sequences=training.per_device_train_batch_size,
+        mean_length=recipe.data.max_length,
+        epoch_tokens=epoch_tokens,
+    )
+    if epoch_tokens is not None:
+        return load, []
+    if any(source.hub or not Path(source.path or "").is_file() for source in recipe.data.train):
+        return load, ["the training data is not here: every sequence taken as data.max_length long"]
+    try:
+        data = prepare_data(
+            recipe.data, load_tokenizer(recipe.model), seed=training.seed, output_dir=training.output_dir
+        )
+    except RecipeError as error:
+        return load, [f"the data cannot be read, every sequence taken as data.max_length long: {error}"]
+    counts = data.report["train"]
+    sequences, tokens = counts["num_sequences"], counts["num_tokens"]
+    if not sequences:
+        return load, []
+    return replace(
+        load, mean_length=max(1, round(tokens / sequences)), epoch_sequences=sequences, epoch_tokens=tokens
+    ), []
+
+
+def _variants(
+    subject: Subject, best: Option, options: list[Option], cluster: Cluster, load: Load
+) -> dict[str, Traffic]:
+    """The recommended choice's traffic; and ZeRO-3's, as it is and with ZeRO++'s two ways of lessening it."""
+    variants = {f"recommended: {best.choice.name}": best.step.traffic}
+    plain = [o.choice for o in options if o.choice.is_zero3 and o.choice.hpz == 1 and not o.choice.offload]
+    alike = [choice for choice in plain if choice.recompute == best.choice.recompute] or plain
+    if alike:
+        changes: dict[str, dict[str, Any]] = {
+            "ZeRO-3": {},
+            "ZeRO-3, hpZ": {"zero_hpz_partition_size": cluster.gpus_per_node},
+            "ZeRO-3, quantised weights": {"zero_quantized_weights": True},
+        }
+        if alike[0] is best.choice:
+            del changes["ZeRO-3"]
+        for name, change in changes.items():
+            config = {**(alike[0].deepspeed or {}), "zero_optimization": alike[0].zero | change}
+            variant = replace(alike[0], deepspeed=config)
+            variants[name] = estimate_traffic(subject, variant, cluster, load.accumulation)
+    return variants
+
+
+def _nothing_fits(options: list[Option], cluster: Cluster) -> str:
+    if not options:
+        return "no DeepSpeed configuration can be used with this recipe"
+    nearest = min(options, key=lambda option: option.over_gib)
+    return (
+        f"does not fit: on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name} "
+        f"({cluster.gpu.memory_gib:.1f} GiB) the least is {nearest.choice.name} with {nearest.choice.recompute} "
+        f"recomputation, which needs {nearest.memory.needed_gib:.1f} GiB, {nearest.over_gib:.1f} GiB too many; "
+        f"largest part: {_largest(nearest)}"
+    )
+
+
+def _largest(option: Option) -> str:
+    name, size = max(option.memory.parts.items(), key=lambda item: item[1])
+    return f"{LABELS[name]} {size:.1f} GiB"
+
+
+def _overrides_text(made: Plan, args: argparse.Namespace) -> str:
+    """`--set` arguments, one a line; for a .yaml file the whole recipe with the overrides in it."""
+    lines = set_lines(made.overrides)
+    if Path(args.write).suffix not in (".yaml", ".yml"):
+        return "".join(f"{line}\n" for line in lines)
+    recipe = load_recipe(args.config, [*args.set, *(line.removeprefix("--set ") for line in lines)])
+    return yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+
+def write_file(option: str, path: str | Path, text: str) -> None:
+    """Write what `option` asks for; RecipeError where that cannot be."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{option} {path}: {(error.strerror or str(error)).lower()}") from None
