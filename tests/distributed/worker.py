@@ -412,7 +412,7 @@ def unsafe_precision(folder: Path) -> dict[str, Any]:
 
 
 def resume(folder: Path) -> dict[str, Any]:
-    """Four steps at a stretch, and the last two again from the checkpoint; loader processes, random noise and dropout."""
+    """Four steps at a stretch, and the last two again from the checkpoint; with loader processes, noise and dropout."""
     settings = {
         "dtype": "bfloat16",
         "steps": 4,
