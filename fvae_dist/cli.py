@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 from fvae_dist.training.recipe import RecipeError, describe_recipe
@@ -21,7 +22,12 @@ _GRACE_S = 5.0
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fvae-dist`."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train_command, "export": export_command, "checkpoint": checkpoint_command}
+    commands = {
+        "train": train_command,
+        "evaluate": evaluate_command,
+        "export": export_command,
+        "checkpoint": checkpoint_command,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: fvae-dist {{{','.join(commands)}}} ...\n\nEach command has --help.")
         return 0 if argv else EXIT_BAD_INPUT
@@ -96,6 +102,96 @@ def _train(args: argparse.Namespace) -> int:
         run.shut_down()
         atexit.register(stop.ignore)
     return EXIT_RESUME if finished is None else 0
+
+
+def evaluate_command(argv: list[str] | None = None) -> int:
+    """Evaluate a model with an adapter. Exit codes: 0 done, 2 bad argument or file; anything else is a crash."""
+    _set_up_output()
+    try:
+        args = _parse_evaluate(argv)
+        # Imported only now: --help and a mistake in the arguments take no seconds.
+        from fvae_dist.evaluation.evaluate import evaluate
+        from fvae_dist.evaluation.ranks import shut_down
+
+        try:
+            table = evaluate(args)
+        finally:
+            shut_down()
+        if table is not None:
+            print(table, end="")
+        return 0
+    except RecipeError as error:
+        _report(error)
+        return EXIT_BAD_INPUT
+
+
+def _parse_evaluate(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="launch/evaluate.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Evaluate a model with an adapter (of any PEFT method), or a base model alone.",
+        epilog="""suites and their data:
+  perplexity      --data perplexity=RECIPE[:eval|:train]: loss on a recipe's data section
+  commonsense     --data commonsense=PATH: folder of NAME.test.json or NAME/test.json (LLM-Adapters), or one file
+  gsm8k           --data gsm8k=FILE: {question, answer}; exact match of the last number
+  groups          --data groups=FILE: any labelled set with a group column; worst-group accuracy
+  lm_eval:T[,T]   tasks of lm-evaluation-harness (pip install 'fvae-dist[eval]')
+
+examples:
+  python launch/evaluate.py --model BASE --adapter runs/a/adapter --suite commonsense --data commonsense=DIR --out out
+  deepspeed launch/evaluate.py ...     # several GPUs: the base sharded by ZeRO-3, the data split; the same numbers
+
+Started again with the same --out it goes on where it was; OUT/results.json and OUT/results.md appear at the end.""",
+    )
+    parser.add_argument("--model", metavar="BASE", required=True, help="base model, name or folder")
+    parser.add_argument("--adapter", metavar="DIR", help="saved adapter, PEFT format, safetensors; default: none")
+    parser.add_argument("--suite", metavar="NAME[,NAME]", required=True, help="what to run, see below")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for records and results")
+    parser.add_argument("--data", action="append", default=[], metavar="SUITE=PATH", help="a suite's data (repeatable)")
+    parser.add_argument(
+        "--mode",
+        choices=["generate", "loglikelihood"],
+        help="questions with given answers: parse what the model writes (commonsense), or take the likeliest (groups)",
+    )
+    parser.add_argument("--template", choices=["clean", "published"], default="clean", help="prompt (default: clean)")
+    parser.add_argument("--batch-size", type=_at_least(1), default=8, metavar="N", help="samples a call (default: 8)")
+    parser.add_argument("--num-beams", type=_at_least(1), default=1, metavar="N", help="beams (default: 1, greedy)")
+    parser.add_argument("--max-new-tokens", type=_at_least(1), metavar="N", help="default: 32 (gsm8k: 512)")
+    parser.add_argument("--max-length", type=_at_least(2), metavar="N", help="tokens, answer included; default: 2048")
+    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N samples of every set")
+    parser.add_argument("--seed", type=_at_least(0), default=42, metavar="N", help="of the bootstrap (default: 42)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="of the base; auto: bfloat16 on a GPU, float32 on CPU",
+    )
+    parser.add_argument(
+        "--attention", choices=["auto", "flash_attention_2", "sdpa", "eager"], default="auto", help="as model.attention"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="auto|none|JSON",
+        default="auto",
+        help="auto: ZeRO-3 if there are several ranks; none: the whole model on each",
+    )
+    parser.add_argument("--lm-eval-tasks", metavar="DIR", help="folder with task YAMLs of your own for lm_eval")
+    parser.add_argument("--overwrite", action="store_true", help="forget the finished samples in --out")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the base model's own code")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(argv)
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if not smallest <= value < 2**32:
+            raise argparse.ArgumentTypeError(f"must be a number >= {smallest}, got {text}")
+        return value
+
+    read.__name__ = "number"  # argparse names it in "invalid number value"
+    return read
 
 
 def export_command(argv: list[str] | None = None) -> int:
