@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def write_speaker(folder: Path, text: str, **sizes: Any) -> Path:
             parameter.zero_()
         model.model.norm.weight.fill_(1)
         model.model.embed_tokens.weight.copy_(torch.eye(vocabulary))
-        for current, following in reversed(list(zip(ids, ids[1:]))):
+        for current, following in reversed(list(pairwise(ids))):
             model.lm_head.weight[:, current] = 0
             model.lm_head.weight[following, current] = 1
     model.save_pretrained(folder)

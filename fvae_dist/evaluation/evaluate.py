@@ -177,11 +177,13 @@ def _open_stores(
     out: Path, tasks: list[Task], settings: dict[str, Any], overwrite: bool, ranks: Ranks
 ) -> list[SampleStore]:
     """Rank 0's stores; a refusal is raised on every rank."""
+    # Not their names: fingerprints say whether another path holds the same files.
+    known = {key: value for key, value in settings.items() if key not in ("model", "adapter")}
     stores, problem = [], None
     if ranks.is_first:
         try:
             for task in tasks:
-                own = settings | {"mode": task.kind, "max_new_tokens": task.max_new_tokens, "data": task.digest()}
+                own = known | {"mode": task.kind, "max_new_tokens": task.max_new_tokens, "data": task.digest()}
                 stores.append(SampleStore(out, task.suite, task.name, own, overwrite))
         except RecipeError as error:
             problem = str(error)

@@ -96,7 +96,7 @@ def find_model(
         deepspeed = str(SHARDED) if world_size > 1 else "none"
     training = TrainingSection(output_dir="unused", deepspeed=None if deepspeed == "none" else deepspeed)
     # The sections that loading reads; there is no data to train on, which a whole recipe would ask for.
-    recipe = Recipe.model_construct(model=section, training=training, adapter={})
+    recipe = Recipe.model_construct(model=section, training=training, adapter={})  # type: ignore[call-arg]
     try:
         ds_config = load_deepspeed_config(recipe, world_size)
         if ds_config is not None and zero_stage(ds_config) != 3:
@@ -110,8 +110,8 @@ def find_model(
         source.adapter = Path(adapter)
         source.adapter_config = _read_adapter_config(source.adapter)
         if source.adapter_config.get("task_type") == CLASSIFICATION:
-            source.num_labels = _saved_labels(source.adapter) or config.num_labels
-            source.config.num_labels = source.num_labels
+            config.num_labels = _saved_labels(source.adapter) or config.num_labels or 0
+            source.num_labels = config.num_labels
         if ds_config is not None and (source.num_labels or source.adapter_config.get("modules_to_save")):
             raise RecipeError(
                 f"--adapter {adapter}: brings whole modules (modules_to_save), which cannot be loaded into a sharded "
@@ -221,7 +221,7 @@ def _shard(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     import deepspeed
 
     trainable = [p.numel() for p in model.parameters() if not hasattr(p, "ds_id")]
-    frozen = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_id")]
+    frozen: list[int] = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_id")]  # type: ignore[attr-defined]
     size_for_adapter(config, trainable or [1], frozen)
     treat_vaes_as_leaves(model)
     engine, *_ = deepspeed.initialize(model=model, config=config)

@@ -1,7 +1,7 @@
 """Sending a task's samples through the model, split over the ranks.
 
-Batches are cut from the whole set, longest samples first, and never anew: not when samples are finished already, not for
-another number of ranks. So a sample always shares its batch, and with it its padding, with the same others, and its
+Batches are cut from the whole set, longest samples first, and never anew: not after an interruption, not for another
+number of ranks. So a sample always shares its batch, and with it its padding, with the same others, and its
 numbers are the same bits however many processes took part and however often they were interrupted.
 """
 
@@ -18,7 +18,7 @@ from fvae_dist.evaluation.tasks import Sample, Task
 
 
 def make_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
-    """Batches of samples of like length; the longest come first, so that what does not fit into memory fails at once."""
+    """Batches of samples of like length, the longest first: what does not fit into memory fails at once."""
     ordered = sorted(samples, key=lambda sample: (-sample.num_tokens, sample.index))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 

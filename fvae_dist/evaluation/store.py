@@ -1,11 +1,11 @@
-"""Finished samples on disk: one JSON line each, written as they come, so that a killed evaluation goes on from there."""
+"""Finished samples on disk: one JSON line each, written as they come: a killed evaluation goes on from there."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fvae_dist.training.recipe import RecipeError
 
@@ -20,19 +20,22 @@ class SampleStore:
         self.path = folder / suite / f"{task}.jsonl"
         self.settings_path = self.path.with_suffix(".settings.json")
         self.records: dict[int, dict[str, Any]] = {}
+        self._settings = settings
+        self._file: IO[str] | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self.path.unlink(missing_ok=True)
             self.settings_path.unlink(missing_ok=True)
         if self.path.exists():
-            self._check_settings(settings)
+            self._check_settings()
             self._load()
-        else:
-            write_text(self.settings_path, json.dumps(settings, indent=1) + "\n")
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the store)
 
     def append(self, records: dict[int, dict[str, Any]]) -> None:
         """Add finished samples; they are with the operating system when this returns."""
+        if self._file is None:
+            # Only now: an evaluation that dies before its first sample, for a broken adapter, binds nobody.
+            write_text(self.settings_path, json.dumps(self._settings, indent=1) + "\n")
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the store)
         for index, record in records.items():
             if index not in self.records:
                 self.records[index] = record
@@ -40,7 +43,9 @@ class SampleStore:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file; it may be called twice."""
+        if self._file is not None:
+            self._file.close()
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the file anew in the order of the set, whatever order the batches had; returns the records."""
@@ -48,7 +53,8 @@ class SampleStore:
         write_text(self.path, "".join(_line(index, record) for index, record in sorted(self.records.items())))
         return [record for _, record in sorted(self.records.items())]
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
+    def _check_settings(self) -> None:
+        settings = self._settings
         way_out = "choose another --out, or start anew with --overwrite"
         try:
             before = json.loads(self.settings_path.read_text(encoding="utf-8"))
