@@ -15,6 +15,7 @@ from fvae_dist.evaluation.commonsense import commonsense_tasks
 from fvae_dist.evaluation.groups import groups_tasks
 from fvae_dist.evaluation.gsm8k import gsm8k_tasks
 from fvae_dist.evaluation.inference import Inference
+from fvae_dist.evaluation.lm_eval_suite import LmEvalSuite
 from fvae_dist.evaluation.loading import ModelSource, find_model, load_model
 from fvae_dist.evaluation.perplexity import perplexity_tasks
 from fvae_dist.evaluation.ranks import Ranks, start_process_group
@@ -85,6 +86,9 @@ def evaluate(args: argparse.Namespace) -> str | None:
     out = _output_folder(args.out)
     # Before any weight is loaded: a mistake in the data is reported in seconds.
     tasks = make_tasks(suites.own, source, options, out)
+    harness = LmEvalSuite(suites.lm_eval, args.lm_eval_tasks) if suites.lm_eval else None
+    if harness is not None and source.num_labels is not None:
+        raise RecipeError("--suite lm_eval: needs a language model; the adapter is of task type SEQ_CLS")
     settings = {
         **source.settings(),
         "template": options.template,
@@ -99,7 +103,7 @@ def evaluate(args: argparse.Namespace) -> str | None:
             stack.callback(store.close)
         num_missing = sum(len(task.samples) - len(store.records) for task, store in zip(tasks, stores))
         inference = None
-        if ranks.broadcast(num_missing) or suites.lm_eval:
+        if ranks.broadcast(num_missing) or harness is not None:
             transformers.set_seed(options.seed)
             model = load_model(source, device)
             inference = Inference(model, source.tokenizer, device, source.deepspeed is not None, args.num_beams)
@@ -109,10 +113,9 @@ def evaluate(args: argparse.Namespace) -> str | None:
             if ranks.is_first:
                 metrics = task.summarise(records) | task.facts
                 results.setdefault(task.suite, {})[task.name] = metrics
-        if suites.lm_eval and inference is not None:
-            from fvae_dist.evaluation.lm_eval_suite import run_lm_eval
-
-            results["lm_eval"] = run_lm_eval(suites.lm_eval, inference, options, args.batch_size, args.lm_eval_tasks)
+        if harness is not None and inference is not None:
+            asked = settings | {"limit": options.limit, "max_length": options.max_length}
+            results["lm_eval"] = harness.run(inference, options, args.batch_size, asked, out, ranks)
     if not ranks.is_first:
         return None
     return write_report(out, settings | {"limit": options.limit, "mode": options.mode}, results)
