@@ -137,7 +137,7 @@ def make_suite(
 
 
 def _deal(num_rows: int, own: int, num_cues: int, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Which cue each of a label's rows gets, (num_rows,): `share` of them the label's own, the others in equal parts."""
+    """Which cue each of a label's rows gets, (num_rows,): `share` of them its own, the others in equal parts."""
     num_own = round(share * num_rows)
     others = [which for which in range(num_cues) if which != own]
     dealt = [own] * num_own + [others[i % len(others)] for i in range(num_rows - num_own)]

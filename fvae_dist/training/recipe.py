@@ -96,6 +96,9 @@ class DataSection(_Section):
         None, description="Where tokenised data is kept (by content hash); default: OUTPUT_DIR/../.data_cache."
     )
     num_proc: int = Field(1, ge=1, description="Processes that tokenise.")
+    groups: str | None = Field(
+        None, min_length=1, description="Column with each training record's group: how many each has is reported."
+    )
 
 
 class TrainingSection(_Section):
