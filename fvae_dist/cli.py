@@ -10,10 +10,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fvae_dist.training.recipe import RecipeError, describe_recipe
+from fvae_dist.training.recipe import Recipe, RecipeError, describe_recipe
 from fvae_dist.training.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from fvae_dist.training.run import Prepared
 
 EXIT_BAD_INPUT = 2
 _GRACE_S = 5.0
@@ -90,6 +93,7 @@ def _train(args: argparse.Namespace) -> int:
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal().listen()
     prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run, devices=devices)
+    make_callbacks = _plan_suites(recipe, prepared)
     if args.dry_run:
         from fvae_dist.training.dry_run import describe
 
@@ -97,11 +101,21 @@ def _train(args: argparse.Namespace) -> int:
             print(describe(prepared, devices))
         return 0
     try:
-        finished = run.train(prepared, stop)
+        finished = run.train(prepared, stop, make_callbacks)
     finally:
         run.shut_down()
         atexit.register(stop.ignore)
     return EXIT_RESUME if finished is None else 0
+
+
+def _plan_suites(recipe: Recipe, prepared: Prepared) -> Callable[[Any], list[Any]]:
+    """The callbacks of evaluation.suites; here, because training knows nothing of suites."""
+    if not recipe.evaluation.every:
+        return lambda trainer: []
+    from fvae_dist.evaluation.callback import SuiteEvaluation, plan_suites
+
+    tasks = plan_suites(recipe, prepared.tokenizer, prepared.config)
+    return lambda trainer: [SuiteEvaluation(trainer, recipe, tasks)]
 
 
 def evaluate_command(argv: list[str] | None = None) -> int:

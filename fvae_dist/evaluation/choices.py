@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fvae_dist.evaluation.metrics import calibration, estimate, group_metrics
-from fvae_dist.evaluation.tasks import Options, Sample, Task, continuation_rows, prompt_row
+from fvae_dist.evaluation.tasks import Options, Sample, Task, continuation_rows, prompt_row, room_for_prompt
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def _facts(question: Question, num_cut: int) -> dict[str, Any]:
 
 def _generation_task(suite: str, name: str, questions: list[Question], tokenizer: Any, options: Options) -> Task:
     max_new_tokens = options.max_new_tokens or 32  # as published
+    room = room_for_prompt(suite, options, max_new_tokens)
     pattern = answer_pattern(questions)
     samples = []
     for index, question in enumerate(questions):
-        row, num_cut = prompt_row(question.prompt, tokenizer, options.max_length - max_new_tokens)
+        row, num_cut = prompt_row(question.prompt, tokenizer, room)
         samples.append(Sample(index, [row], _facts(question, num_cut)))
 
     def judge(sample: Sample, text: str) -> dict[str, Any]:

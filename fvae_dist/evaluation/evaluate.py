@@ -5,63 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from fvae_dist.evaluation.commonsense import commonsense_tasks
-from fvae_dist.evaluation.groups import groups_tasks
-from fvae_dist.evaluation.gsm8k import gsm8k_tasks
 from fvae_dist.evaluation.inference import Inference
 from fvae_dist.evaluation.lm_eval_suite import LmEvalSuite
 from fvae_dist.evaluation.loading import ModelSource, find_model, load_model
-from fvae_dist.evaluation.perplexity import perplexity_tasks
 from fvae_dist.evaluation.ranks import Ranks, start_process_group
 from fvae_dist.evaluation.report import write_report
 from fvae_dist.evaluation.running import run_task
 from fvae_dist.evaluation.store import SampleStore
+from fvae_dist.evaluation.suites import SUITES, Suites, make_tasks, parse_suites
 from fvae_dist.evaluation.tasks import Options, Task
-from fvae_dist.training.recipe import RecipeError, unknown_key
+from fvae_dist.training.recipe import RecipeError
 
 logger = logging.getLogger(__name__)
 
-SUITES = ("perplexity", "commonsense", "gsm8k", "groups")
-_LM_EVAL = "lm_eval:"
 _DEFAULT_MAX_LENGTH = 2048
-
-
-@dataclass(frozen=True)
-class Suites:
-    """What --suite asks for: our own suites, and tasks of lm-evaluation-harness."""
-
-    own: list[str]
-    lm_eval: list[str]
-
-
-def parse_suites(text: str) -> Suites:
-    """Read NAME[,NAME]; after `lm_eval:TASK` every name that is no suite is another TASK.
-
-    Raises:
-        RecipeError: an unknown or repeated name, or none.
-    """
-    own: list[str] = []
-    lm_eval: list[str] = []
-    in_lm_eval = False
-    for item in (part.strip() for part in text.split(",")):
-        if item.startswith(_LM_EVAL):
-            in_lm_eval, item = True, item.removeprefix(_LM_EVAL)
-        elif item in SUITES:
-            in_lm_eval = False
-        target = lm_eval if in_lm_eval else own
-        if item in target or not item:
-            raise RecipeError(f"--suite {text}: " + (f"{item} stands there twice" if item else "an empty name"))
-        if not in_lm_eval and item not in SUITES:
-            hint = unknown_key(item, [*SUITES, "lm_eval:TASK"]).replace("key", f"suite {item!r}", 1)
-            raise RecipeError(f"--suite: {hint}")
-        target.append(item)
-    return Suites(own, lm_eval)
 
 
 def evaluate(args: argparse.Namespace) -> str | None:
@@ -85,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> str | None:
     options = _options(args, suites, source)
     out = _output_folder(args.out)
     # Before any weight is loaded: a mistake in the data is reported in seconds.
-    tasks = make_tasks(suites.own, source, options, out)
+    tasks = make_tasks(suites.own, source.tokenizer, options, out, source.num_labels, source.positions)
     harness = LmEvalSuite(suites.lm_eval, args.lm_eval_tasks) if suites.lm_eval else None
     if harness is not None and source.num_labels is not None:
         raise RecipeError("--suite lm_eval: needs a language model; the adapter is of task type SEQ_CLS")
@@ -121,28 +83,6 @@ def evaluate(args: argparse.Namespace) -> str | None:
     return write_report(out, settings | {"limit": options.limit, "mode": options.mode}, results)
 
 
-def make_tasks(names: list[str], source: ModelSource, options: Options, out: Path) -> list[Task]:
-    """The tasks of the named suites.
-
-    Raises:
-        RecipeError: `file:line` and what is wrong there, or a suite that this kind of model cannot answer.
-    """
-    tasks: list[Task] = []
-    for name in names:
-        if source.num_labels is not None and name != "groups":
-            raise RecipeError(f"--suite {name}: needs a language model; the adapter is of task type SEQ_CLS")
-        if name == "groups":
-            tasks += groups_tasks(source.tokenizer, options, source.num_labels)
-        elif name == "perplexity":
-            tasks += perplexity_tasks(source.tokenizer, options, out)
-        else:
-            tasks += {"commonsense": commonsense_tasks, "gsm8k": gsm8k_tasks}[name](source.tokenizer, options)
-    longest = max((s.num_tokens + task.max_new_tokens for task in tasks for s in task.samples), default=0)
-    if source.positions is not None and longest > source.positions:
-        raise RecipeError(f"sequences of {longest} tokens are longer than the model's {source.positions} positions")
-    return tasks
-
-
 def _options(args: argparse.Namespace, suites: Suites, source: ModelSource) -> Options:
     data: dict[str, str] = {}
     for item in args.data:
@@ -158,14 +98,7 @@ def _options(args: argparse.Namespace, suites: Suites, source: ModelSource) -> O
     max_length = args.max_length or min(positions, _DEFAULT_MAX_LENGTH)
     if max_length > positions:
         raise RecipeError(f"--max-length: {max_length} is longer than the model's {positions} positions")
-    options = Options(data, args.mode, args.template, args.max_new_tokens, max_length, args.limit, args.seed)
-    for suite, default in {"commonsense": 32, "gsm8k": 512}.items():
-        if suite in suites.own and max_length <= (args.max_new_tokens or default):
-            raise RecipeError(
-                f"--max-new-tokens: {args.max_new_tokens or default} of {suite} leave no room for a prompt in "
-                f"{max_length} tokens"
-            )
-    return options
+    return Options(data, args.mode, args.template, args.max_new_tokens, max_length, args.limit, args.seed)
 
 
 def _output_folder(path: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fvae_dist.evaluation.metrics import estimate
 from fvae_dist.evaluation.prompts import render_prompt
-from fvae_dist.evaluation.tasks import Options, Sample, Task, prompt_row, read_objects, text_column
+from fvae_dist.evaluation.tasks import Options, Sample, Task, prompt_row, read_objects, room_for_prompt, text_column
 from fvae_dist.training.recipe import RecipeError
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -26,16 +26,15 @@ def gsm8k_tasks(tokenizer: Any, options: Options) -> list[Task]:
         RecipeError: `file:line` and what is wrong there.
     """
     max_new_tokens = options.max_new_tokens or 512
+    room, path = room_for_prompt("gsm8k", options, max_new_tokens), options.path("gsm8k")
     samples = []
-    for index, (where, row) in enumerate(read_objects(options.path("gsm8k"), options.limit)):
+    for index, (where, row) in enumerate(read_objects(path, options.limit)):
         question = text_column(row, "question" if "question" in row else "instruction", where)
         answer = row.get("answer")
         expected = find_number(str(answer)) if isinstance(answer, (str, int, float)) else None
         if expected is None:
             raise RecipeError(f'{where}: column "answer" holds no number')
-        prompt, num_cut = prompt_row(
-            render_prompt(options.template, question), tokenizer, options.max_length - max_new_tokens
-        )
+        prompt, num_cut = prompt_row(render_prompt(options.template, question), tokenizer, room)
         facts = {"answer": str(expected)} | ({"num_cut_tokens": num_cut} if num_cut else {})
         samples.append(Sample(index, [prompt], facts))
 

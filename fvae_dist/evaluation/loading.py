@@ -183,7 +183,7 @@ def load_model(source: ModelSource, device: torch.device) -> nn.Module:
     tokenizer = source.tokenizer
     base.config.pad_token_id = tokenizer.pad_token_id
     if source.num_labels is None:
-        base.generation_config = _greedy(base, tokenizer)
+        base.generation_config = greedy_generation(base, tokenizer)
     return model
 
 
@@ -232,7 +232,7 @@ def _shard(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return engine.module.eval()
 
 
-def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
+def greedy_generation(model: Any, tokenizer: Any) -> GenerationConfig:
     """Nothing of the model's own sampling settings, but its ends of text."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -7,6 +7,7 @@ numbers are the same bits however many processes took part and however often the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -24,7 +25,12 @@ def make_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
 
 
 def run_task(
-    task: Task, inference: Inference, batch_size: int, ranks: Ranks, store: SampleStore | None = None
+    task: Task,
+    inference: Inference,
+    batch_size: int,
+    ranks: Ranks,
+    store: SampleStore | None = None,
+    after_batch: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Run what is not finished yet; all ranks must call it.
 
@@ -33,6 +39,7 @@ def run_task(
 
     Args:
         store: rank 0's finished samples; None elsewhere, or to keep nothing.
+        after_batch: called after each round, as a sign of life.
 
     Returns:
         All records in the order of the set, on rank 0; an empty list elsewhere.
@@ -58,6 +65,7 @@ def run_task(
                 else:
                     done |= part
                 bar.update(len(part.keys() - finished))
+            after_batch()
     if not ranks.is_first:
         return []
     return store.finish() if store is not None else [done[index] for index in sorted(done)]

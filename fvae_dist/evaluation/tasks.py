@@ -93,6 +93,19 @@ class Options:
         return path
 
 
+def room_for_prompt(suite: str, options: Options, max_new_tokens: int) -> int:
+    """Tokens that are left for the prompt.
+
+    Raises:
+        RecipeError: none.
+    """
+    if max_new_tokens >= options.max_length:
+        raise RecipeError(
+            f"--max-new-tokens: {max_new_tokens} of {suite} leave no room for a prompt in {options.max_length} tokens"
+        )
+    return options.max_length - max_new_tokens
+
+
 def prompt_row(prompt: str, tokenizer: Any, room: int) -> tuple[Row, int]:
     """A prompt to continue, at most `room` tokens of it, and how many were cut away (in front, after BOS)."""
     (ids,) = encode_texts([prompt], tokenizer)

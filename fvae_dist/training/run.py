@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -111,8 +112,16 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     )
 
 
-def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] | None:
-    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json; None if `stop` came."""
+def train(
+    prepared: Prepared,
+    stop: StopSignal | None = None,
+    make_callbacks: Callable[[RecipeTrainer], list[transformers.TrainerCallback]] = lambda trainer: [],
+) -> dict[str, Any] | None:
+    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json; None if `stop` came.
+
+    Args:
+        make_callbacks: further callbacks for the trainer that was built, such as the suites of fvae_dist.evaluation.
+    """
     recipe = prepared.recipe
     _set_up_process(prepared)
     args = build_arguments(prepared)
@@ -124,6 +133,8 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     trainer = build_trainer(prepared, args, model)
     stopper = StopOnSignal(trainer, stop or StopSignal())
     trainer.add_callback(stopper)
+    for callback in make_callbacks(trainer):
+        trainer.add_callback(callback)
 
     result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if stopper.stopped_at is not None:
