@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from fvae_dist.evaluation.running import run_task
 from fvae_dist.evaluation.suites import make_tasks
 from fvae_dist.evaluation.tasks import Options, Task
 from fvae_dist.training.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
 
 GROUP_METRICS = ("average", "balanced", "worst_group", "gap")
 CALIBRATION_METRICS = ("ece", "mce", "ace", "nll")
@@ -84,7 +87,11 @@ class SuiteEvaluation(TrainerCallback):
         if state.global_step % self.section.every:
             return
         scalars = self.ranks.broadcast(self._run())
+        should_log = control.should_log
         self.trainer.log({f"eval/{name}": value for name, value in scalars.items()})
+        control.should_log = should_log  # writing a log line clears it, and the step's own is still to come
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        logger.info("step %d: %s", state.global_step, shown)
         metric = self.section.best_metric
         if metric is None:
             return

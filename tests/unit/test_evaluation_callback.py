@@ -82,6 +82,7 @@ def test_suites_are_logged_and_the_best_adapter_is_kept(tmp_path, recipe, capfd)
     for name, value in adapter_of(trainer).items():
         assert torch.equal(value, adapter_of(plain)[name]), f"{name}: the suites changed the training"
     rows = {row["step"]: row for row in trainer.state.log_history if "eval/groups/groups/worst_group" in row}
+    assert [row["step"] for row in trainer.state.log_history if "loss/task" in row] == [1, 2, 3, 4]
     assert list(rows) == [2, 4] and "eval/commonsense/val/num_parse_failures" in rows[2]
     events = EventAccumulator(str(tmp_path / "with" / "tensorboard")).Reload()
     logged = {event.step: event.value for event in events.Scalars("eval/groups/groups/nll")}
