@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PretrainedConfig
@@ -88,9 +89,12 @@ def find_model(
     """
     if dtype == "auto":
         dtype = "float32" if uses_cpu() else "bfloat16"
-    section = ModelSection.model_validate(
-        {"name_or_path": model, "dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
-    )
+    try:
+        section = ModelSection.model_validate(
+            {"name_or_path": model, "dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
+        )
+    except ValidationError as error:  # the other values are choices of the command line
+        raise RecipeError(f"--model {model[:60]!r}: {error.errors()[0]['msg']}") from None
     world_size = environment_ranks().world_size
     if deepspeed == "auto":
         deepspeed = str(SHARDED) if world_size > 1 else "none"

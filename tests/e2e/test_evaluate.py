@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fvae_dist.cli import evaluate_command
 from fvae_dist.evaluation.inference import Inference
+from fvae_dist.evaluation.needle import needle_tasks
 from fvae_dist.evaluation.prompts import render_prompt
+from fvae_dist.evaluation.tasks import Options
 from tests.evaluating import boolq, write_adapted, write_json, write_speaker
 from tests.models import randomise, tiny_adapter
 from tests.recipes import RECORDS, byte_tokenizer, recipe_values, write_recipe, write_records
@@ -280,6 +282,7 @@ def refused(tmp_path, capfd):
         (["--suite", "gsm8k", "--adapter", "nowhere"], "--adapter nowhere: holds no adapter_config.json"),
         (["--suite", "gsm8k", "--deepspeed", "nowhere.json"], "--deepspeed: nowhere.json: no such file"),
         (["--suite", "gsm8k", "--attention", "flash_attention_2"], "--attention: flash_attention_2 cannot run here"),
+        (["--suite", "gsm8k", "--model", ""], "--model '': String should have at least 1 character"),
         (["--suite", "gsm8k", "--model", "nowhere/at/all"], "--model: there is no folder nowhere/at/all"),
     ],
 )
@@ -318,3 +321,30 @@ def test_adapters_that_cannot_be_loaded(refused, models, tmp_path):
     assert "adapter_model.safetensors is broken" in refused(*arguments, folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     assert "holds no adapter_model.safetensors (pickled files are not loaded)" in refused(*arguments, folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- needle
+
+
+def test_needle_hides_a_number_at_every_depth(evaluate, tmp_path):
+    """The speaker knows no number, so nothing is found; the questions are as long and as deep as they say."""
+    model = write_speaker(tmp_path / "model", "none", max_position_embeddings=2048)
+    data = tmp_path / "filler.txt"
+    data.write_text("some words that fill a page " * 3)
+    result = evaluate(model, "needle", data, "--max-length", "1616", "--limit", "10")["needle"]["needle"]
+    assert result["num_samples"] == 10 and result["accuracy"]["value"] == 0.0
+    assert result["cells"] == {"400 x 0%": 0.0, "400 x 25%": 0.0}
+    tokenizer = byte_tokenizer()
+    options = Options({"needle": str(data)}, max_length=1616)
+    (task,) = needle_tasks(tokenizer, options)
+    assert sorted({sample.facts["length"] for sample in task.samples}) == [400, 800, 1600]
+    for sample in task.samples:
+        text = tokenizer.decode(sample.rows[0].ids)
+        assert sample.facts["length"] - 40 < sample.num_tokens <= sample.facts["length"]
+        assert text.count(sample.facts["answer"]) == 1
+        before, after = (part.count("page") for part in text.split("The secret number is"))
+        assert abs(before - sample.facts["depth"] * (before + after)) <= 1
+    right, other = task.samples[:2]
+    answer = right.facts["answer"]
+    assert task.judge(right, f" It is {int(answer):,}.")["correct"] and not task.judge(other, answer)["correct"]
+    assert task.judge(right, "no idea")["prediction"] is None
