@@ -12,13 +12,14 @@ import transformers
 
 from fvae_dist.evaluation.inference import Inference
 from fvae_dist.evaluation.lm_eval_suite import LmEvalSuite
-from fvae_dist.evaluation.loading import ModelSource, find_model, load_model
+from fvae_dist.evaluation.loading import ModelSource, as_argument, find_model, load_model
 from fvae_dist.evaluation.ranks import Ranks, start_process_group
 from fvae_dist.evaluation.report import write_report
 from fvae_dist.evaluation.running import run_task
 from fvae_dist.evaluation.store import SampleStore
 from fvae_dist.evaluation.suites import SUITES, Suites, make_tasks, parse_suites
 from fvae_dist.evaluation.tasks import Options, Task
+from fvae_dist.training.control import lock_output_dir
 from fvae_dist.training.recipe import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,7 @@ def evaluate(args: argparse.Namespace) -> str | None:
     }
     ranks, device = start_process_group(with_deepspeed=source.deepspeed is not None)
     with contextlib.ExitStack() as stack:
-        stores = _open_stores(out, tasks, settings, args.overwrite, ranks)
-        for store in stores:
-            stack.callback(store.close)
+        stores = _open_stores(out, tasks, settings, args.overwrite, ranks, stack)
         num_missing = sum(len(task.samples) - len(store.records) for task, store in zip(tasks, stores))
         inference = None
         if ranks.broadcast(num_missing) or harness is not None:
@@ -110,19 +109,26 @@ def _output_folder(path: str) -> Path:
 
 
 def _open_stores(
-    out: Path, tasks: list[Task], settings: dict[str, Any], overwrite: bool, ranks: Ranks
+    out: Path,
+    tasks: list[Task],
+    settings: dict[str, Any],
+    overwrite: bool,
+    ranks: Ranks,
+    stack: contextlib.ExitStack,
 ) -> list[SampleStore]:
-    """Rank 0's stores; a refusal is raised on every rank."""
+    """Rank 0's stores, closed with `stack`, in a folder that nobody else writes; a refusal is raised on every rank."""
     # Not their names: fingerprints say whether another path holds the same files.
     known = {key: value for key, value in settings.items() if key not in ("model", "adapter")}
     stores, problem = [], None
     if ranks.is_first:
         try:
+            stack.enter_context(lock_output_dir(out))
             for task in tasks:
                 own = known | {"mode": task.kind, "max_new_tokens": task.max_new_tokens, "data": task.digest()}
                 stores.append(SampleStore(out, task.suite, task.name, own, overwrite))
+                stack.callback(stores[-1].close)
         except RecipeError as error:
-            problem = str(error)
+            problem = str(as_argument(error))
         except OSError as error:
             problem = f"--out {out}: {error}"
     problem = ranks.broadcast(problem)

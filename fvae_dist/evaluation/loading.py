@@ -132,6 +132,7 @@ def as_argument(error: RecipeError) -> RecipeError:
         "model.attention": "--attention",
         "model.tokenizer": "--model",
         "training.deepspeed": "--deepspeed",
+        "training.output_dir": "--out",
     }.items():
         message = message.replace(key, argument)
     return RecipeError(message)

@@ -16,6 +16,7 @@ from fvae_dist.evaluation.inference import Inference
 from fvae_dist.evaluation.needle import needle_tasks
 from fvae_dist.evaluation.prompts import render_prompt
 from fvae_dist.evaluation.tasks import Options
+from fvae_dist.training.control import lock_output_dir
 from tests.evaluating import boolq, write_adapted, write_json, write_speaker
 from tests.models import randomise, tiny_adapter
 from tests.recipes import RECORDS, byte_tokenizer, recipe_values, write_recipe, write_records
@@ -289,6 +290,13 @@ def refused(tmp_path, capfd):
 def test_bad_argument_is_one_line(refused, models, tmp_path, monkeypatch, arguments, line):
     monkeypatch.chdir(tmp_path)
     assert refused("--model", models / "base", *arguments).startswith(line)
+
+
+def test_one_evaluation_a_folder(refused, models, tmp_path):
+    data = write_json(tmp_path / "boolq.json", boolq("tf"))
+    arguments = ("--model", models / "true", "--suite", "commonsense", "--data", f"commonsense={data}")
+    with lock_output_dir(tmp_path / "out"):
+        assert refused(*arguments).startswith(f"--out: {tmp_path / 'out'} is in use by process")
 
 
 @pytest.mark.parametrize(
