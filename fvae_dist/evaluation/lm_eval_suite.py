@@ -57,7 +57,8 @@ class LmEvalSuite:
             out: OUT/lm_eval/TASK.json keeps a task's metrics, TASK.jsonl its samples.
 
         Returns:
-            task -> metrics: value and 95 % interval of each, num_samples. A group has an entry for each of its tasks.
+            On rank 0, task -> metrics: value and 95 % interval of each, num_samples. A group has an entry for each of
+            its tasks.
         """
         from lm_eval.models.huggingface import HFLM
 
@@ -73,6 +74,7 @@ class LmEvalSuite:
             path = out / "lm_eval" / f"{task}.json"
             metrics = ranks.broadcast(_finished(path, settings) if ranks.is_first else None)
             if metrics is None:
+                # The harness runs everywhere and reports on the first local rank only.
                 metrics = self._run_task(task, model, options, batch_size, path.parent if ranks.is_first else None)
                 if ranks.is_first:
                     write_text(path, json.dumps({"settings": settings, "metrics": metrics}, indent=1) + "\n")
@@ -82,6 +84,7 @@ class LmEvalSuite:
     def _run_task(
         self, task: str, model: Any, options: Options, batch_size: int, folder: Path | None
     ) -> dict[str, dict[str, Any]]:
+        """The task's metrics, on the rank that has a folder to write to."""
         import lm_eval
 
         found: Any = lm_eval.simple_evaluate(
@@ -96,12 +99,13 @@ class LmEvalSuite:
             torch_random_seed=options.seed,
             fewshot_random_seed=options.seed,
         )
+        if folder is None or found is None:
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
         metrics = {}
         for name, samples in found["samples"].items():
             metrics[name] = _metrics(found["results"][name], samples, options.seed)
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / f"{name}.jsonl", "".join(_line(sample) for sample in samples))
+            write_text(folder / f"{name}.jsonl", "".join(_line(sample) for sample in samples))
         return metrics
 
 
