@@ -21,6 +21,8 @@ from tests.evaluating import boolq, write_adapted, write_json, write_speaker
 from tests.models import randomise, tiny_adapter
 from tests.recipes import RECORDS, byte_tokenizer, recipe_values, write_recipe, write_records
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
@@ -169,7 +171,7 @@ def test_worst_group_of_answers_as_text(evaluate, models, tmp_path):
     assert likely["groups"]["groups"] == result["groups"]["groups"] and likely["calibration"]["ece"] > 0
 
 
-def test_worst_group_of_a_classifier(evaluate, models, tmp_path):
+def test_worst_group_of_a_classifier(evaluate, refused, models, tmp_path):
     """An adapter of task type SEQ_CLS with the head it was trained with."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(models / "base", num_labels=2, pad_token_id=0)
@@ -185,6 +187,11 @@ def test_worst_group_of_a_classifier(evaluate, models, tmp_path):
         with torch.no_grad():
             expected = model(ids).logits[0].softmax(-1)
         torch.testing.assert_close(torch.tensor(row["probabilities"]), expected, rtol=1e-4, atol=1e-6)
+    # DeepSpeed cannot load the head that the adapter brings into a sharded model.
+    command = ("--model", models / "base", "--adapter", tmp_path / "adapter", "--suite", "groups")
+    sharded = ("--data", f"groups={data}", "--deepspeed", ROOT / "ds_configs" / "zero3.json")
+    assert "brings whole modules (modules_to_save)" in refused(*command, *sharded)
+    assert "--suite gsm8k: needs a language model" in refused(*command[:-1], "gsm8k")
     correct = [row["correct"] for row in rows]
     assert result["groups"]["worst_group"]["value"] == min(sum(correct[:2]), sum(correct[2:])) / 2
 
