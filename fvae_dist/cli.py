@@ -10,9 +10,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from fvae_dist.training.recipe import Recipe, RecipeError, describe_recipe
+from fvae_dist.training.recipe import RecipeError, describe_recipe
 from fvae_dist.training.recipe_file import load_recipe
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _train(args: argparse.Namespace) -> int:
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal().listen()
     prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run, devices=devices)
-    make_callbacks = _plan_suites(recipe, prepared)
+    _plan_suites(prepared)
     if args.dry_run:
         from fvae_dist.training.dry_run import describe
 
@@ -101,21 +101,22 @@ def _train(args: argparse.Namespace) -> int:
             print(describe(prepared, devices))
         return 0
     try:
-        finished = run.train(prepared, stop, make_callbacks)
+        finished = run.train(prepared, stop)
     finally:
         run.shut_down()
         atexit.register(stop.ignore)
     return EXIT_RESUME if finished is None else 0
 
 
-def _plan_suites(recipe: Recipe, prepared: Prepared) -> Callable[[Any], list[Any]]:
-    """The callbacks of evaluation.suites; here, because training knows nothing of suites."""
+def _plan_suites(prepared: Prepared) -> None:
+    """Read evaluation.suites and have them run in training; here, because training knows nothing of suites."""
+    recipe = prepared.recipe
     if not recipe.evaluation.every:
-        return lambda trainer: []
+        return
     from fvae_dist.evaluation.callback import SuiteEvaluation, plan_suites
 
     tasks = plan_suites(recipe, prepared.tokenizer, prepared.config)
-    return lambda trainer: [SuiteEvaluation(trainer, recipe, tasks)]
+    prepared.make_callbacks = lambda trainer: [SuiteEvaluation(trainer, recipe, tasks)]
 
 
 def evaluate_command(argv: list[str] | None = None) -> int:

@@ -54,7 +54,10 @@ class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
 
 @dataclass
 class Prepared:
-    """A checked run: everything that can be known before a process group or device memory exists."""
+    """A checked run: everything that can be known before a process group or device memory exists.
+
+    make_callbacks: further callbacks for the trainer, such as the suites of fvae_dist.evaluation.
+    """
 
     recipe: Recipe
     config: PretrainedConfig
@@ -68,6 +71,7 @@ class Prepared:
     checkpoint: str | None
     base_fingerprint: str
     lock: IO[str] | None
+    make_callbacks: Callable[[RecipeTrainer], list[transformers.TrainerCallback]] = lambda trainer: []
 
 
 def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, devices: int | None = None) -> Prepared:
@@ -112,16 +116,8 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     )
 
 
-def train(
-    prepared: Prepared,
-    stop: StopSignal | None = None,
-    make_callbacks: Callable[[RecipeTrainer], list[transformers.TrainerCallback]] = lambda trainer: [],
-) -> dict[str, Any] | None:
-    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json; None if `stop` came.
-
-    Args:
-        make_callbacks: further callbacks for the trainer that was built, such as the suites of fvae_dist.evaluation.
-    """
+def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] | None:
+    """Train, evaluate, save. Returns the metrics that are written to OUTPUT_DIR/metrics.json; None if `stop` came."""
     recipe = prepared.recipe
     _set_up_process(prepared)
     args = build_arguments(prepared)
@@ -133,7 +129,7 @@ def train(
     trainer = build_trainer(prepared, args, model)
     stopper = StopOnSignal(trainer, stop or StopSignal())
     trainer.add_callback(stopper)
-    for callback in make_callbacks(trainer):
+    for callback in prepared.make_callbacks(trainer):
         trainer.add_callback(callback)
 
     result = trainer.train(resume_from_checkpoint=prepared.checkpoint)

@@ -10,14 +10,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from fvae_dist.cli import evaluate_command
+from fvae_dist.cli import evaluate_command, train_command
 from fvae_dist.evaluation.callback import SuiteEvaluation, plan_suites
 from fvae_dist.training.callbacks import TensorBoardLogs
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.run import RecipeTrainer
 from tests.evaluating import boolq, write_adapted, write_json
 from tests.models import tiny_adapter
-from tests.recipes import byte_tokenizer, make_recipe, write_records
+from tests.recipes import byte_tokenizer, make_recipe, write_recipe, write_records
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +130,14 @@ def test_bad_plans_are_found_before_training(tmp_path, recipe, changes, message)
 def test_contradictions_in_the_recipe_are_refused(tmp_path, evaluation, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(tmp_path, tmp_path, evaluation=evaluation)
+
+
+def test_train_command_reads_the_suites_before_it_trains(tmp_path, recipe, capfd, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    values = recipe.model_dump(exclude_none=True)
+    command = ["--config", str(write_recipe(tmp_path, values)), "--dry-run"]
+    assert train_command(command) == 0
+    capfd.readouterr()
+    assert train_command([*command, "--set", "evaluation.suites.groups=nowhere.json"]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: evaluation.suites: --data groups: there is no nowhere.json"]
