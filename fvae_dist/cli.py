@@ -150,6 +150,7 @@ def _parse_evaluate(argv: list[str] | None) -> argparse.Namespace:
   perplexity      --data perplexity=RECIPE[:eval|:train]: loss on a recipe's data section
   commonsense     --data commonsense=PATH: folder of NAME.test.json or NAME/test.json (LLM-Adapters), or one file
   gsm8k           --data gsm8k=FILE: {question, answer}; exact match of the last number
+  needle          [--data needle=TEXT]: a number hidden in a text of up to --max-length tokens
   groups          --data groups=FILE: any labelled set with a group column; worst-group accuracy
   lm_eval:T[,T]   tasks of lm-evaluation-harness (pip install 'fvae-dist[eval]')
 
@@ -172,7 +173,7 @@ Started again with the same --out it goes on where it was; OUT/results.json and 
     parser.add_argument("--template", choices=["clean", "published"], default="clean", help="prompt (default: clean)")
     parser.add_argument("--batch-size", type=_at_least(1), default=8, metavar="N", help="samples a call (default: 8)")
     parser.add_argument("--num-beams", type=_at_least(1), default=1, metavar="N", help="beams (default: 1, greedy)")
-    parser.add_argument("--max-new-tokens", type=_at_least(1), metavar="N", help="default: 32 (gsm8k: 512)")
+    parser.add_argument("--max-new-tokens", type=_at_least(1), metavar="N", help="default: 32 (gsm8k: 512, needle: 16)")
     parser.add_argument("--max-length", type=_at_least(2), metavar="N", help="tokens, answer included; default: 2048")
     parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N samples of every set")
     parser.add_argument("--seed", type=_at_least(0), default=42, metavar="N", help="of the bootstrap (default: 42)")
