@@ -158,7 +158,8 @@ examples:
   python launch/evaluate.py --model BASE --adapter runs/a/adapter --suite commonsense --data commonsense=DIR --out out
   deepspeed launch/evaluate.py ...     # several GPUs: the base sharded by ZeRO-3, the data split; the same numbers
 
-Started again with the same --out it goes on where it was; OUT/results.json and OUT/results.md appear at the end.""",
+Started again with the same --out it goes on where it was; OUT/results.json and OUT/results.md (of this
+command's suites) appear at the end.""",
     )
     parser.add_argument("--model", metavar="BASE", required=True, help="base model, name or folder")
     parser.add_argument("--adapter", metavar="DIR", help="saved adapter, PEFT format, safetensors; default: none")
