@@ -10,10 +10,14 @@ import signal
 import sys
 import time
 import warnings
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
+from fvae_dist import arguments
 from fvae_dist.training.recipe import RecipeError, describe_recipe
 from fvae_dist.training.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from fvae_dist.training.run import Prepared
 
 EXIT_BAD_INPUT = 2
 _GRACE_S = 5.0
@@ -24,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "train": train_command,
+        "evaluate": evaluate_command,
         "export": export_command,
         "plan": plan_command,
         "checkpoint": checkpoint_command,
@@ -42,7 +47,7 @@ def train_command(argv: list[str] | None = None) -> int:
     complete checkpoint (start it again with --resume auto); anything else is a crash."""
     _set_up_output()
     try:
-        args = _parse(argv)
+        args = arguments.parse_train(argv)
         if args.help_recipe:
             print(describe_recipe())
             return 0
@@ -50,35 +55,6 @@ def train_command(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         _report(error)
         return EXIT_BAD_INPUT
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument as every other bad input: one line, from one rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message} (see --help)")
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="launch/train.py",
-        allow_abbrev=False,
-        description="Fine-tune with FVAE-LoRA, or any PEFT method, from a recipe.",
-        epilog="Launch: deepspeed launch/train.py --config launch/recipes/quickstart.yaml",
-    )
-    parser.add_argument("--config", metavar="RECIPE", help="recipe YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override (repeatable)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest, or a given, checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done; needs no launcher and no GPU")
-    parser.add_argument("--devices", type=int, metavar="N", help="devices --dry-run computes for (default: WORLD_SIZE)")
-    parser.add_argument("--help-recipe", action="store_true", help="every recipe key with type, default and meaning")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    args = parser.parse_args(argv)
-    if not args.config and not args.help_recipe:
-        parser.error("--config is required")
-    if args.devices is not None and (args.devices < 1 or not args.dry_run):
-        parser.error("--devices is a number > 0 and goes with --dry-run")
-    return args
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -90,6 +66,7 @@ def _train(args: argparse.Namespace) -> int:
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal().listen()
     prepared = run.prepare(recipe, resume=args.resume, dry_run=args.dry_run, devices=devices)
+    _plan_suites(prepared)
     if args.dry_run:
         from fvae_dist.training.dry_run import describe
 
@@ -104,11 +81,43 @@ def _train(args: argparse.Namespace) -> int:
     return EXIT_RESUME if finished is None else 0
 
 
+def _plan_suites(prepared: Prepared) -> None:
+    """Read evaluation.suites and have them run in training; here, because training knows nothing of suites."""
+    recipe = prepared.recipe
+    if not recipe.evaluation.every:
+        return
+    from fvae_dist.evaluation.callback import SuiteEvaluation, plan_suites
+
+    tasks = plan_suites(recipe, prepared.tokenizer, prepared.config)
+    prepared.make_callbacks = lambda trainer: [SuiteEvaluation(trainer, recipe, tasks)]
+
+
+def evaluate_command(argv: list[str] | None = None) -> int:
+    """Evaluate a model with an adapter. Exit codes: 0 done, 2 bad argument or file; anything else is a crash."""
+    _set_up_output()
+    try:
+        args = arguments.parse_evaluate(argv)
+        # Imported only now: --help and a mistake in the arguments take no seconds.
+        from fvae_dist.evaluation.evaluate import evaluate
+        from fvae_dist.evaluation.ranks import shut_down
+
+        try:
+            table = evaluate(args)
+        finally:
+            shut_down()
+        if table is not None:
+            print(table, end="")
+        return 0
+    except RecipeError as error:
+        _report(error)
+        return EXIT_BAD_INPUT
+
+
 def export_command(argv: list[str] | None = None) -> int:
     """Convert or export an adapter. Exit codes: 0 done, 2 bad argument or file; anything else is a crash."""
     _set_up_output()
     try:
-        args = _parse_export(argv)
+        args = arguments.parse_export(argv)
         # Imported only now: --help and a mistake in the arguments take no seconds.
         from fvae_dist.exporting import export
 
@@ -119,53 +128,11 @@ def export_command(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
 
 
-def _parse_export(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="launch/export.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Bring an adapter into another form.",
-        epilog="""forms:
-  lora       plain LoRA, for PEFT without this project; needs encoder_layers = 0
-  inference  encoder 1 and B alone, all that evaluation needs
-  merged     the base model with the adapter in its weights; needs encoder_layers = 0
-
-examples:
-  python launch/export.py --from-official exp/adapter --base meta-llama/Meta-Llama-3-8B --out adapter
-  python launch/export.py --adapter runs/adapter --format inference --out adapter-small""",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from-official", metavar="DIR", help="adapter saved by the reference code (idiap/FVAE-LoRA)")
-    source.add_argument("--adapter", metavar="DIR", help="saved FVAE-LoRA adapter")
-    parser.add_argument("--format", choices=["lora", "inference", "merged"], help="what to make of --adapter")
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="base model, name or folder: required with --from-official; merged takes by default the adapter's own",
-    )
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; files in it are replaced")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the base model's own code")
-    args = parser.parse_args(argv)
-    if args.from_official is not None and args.format:
-        parser.error("--format goes with --adapter")
-    if args.from_official is not None and not args.base:
-        parser.error("--base is required with --from-official")
-    if args.adapter is not None and not args.format:
-        parser.error("--format is required with --adapter")
-    return args
-
-
 def checkpoint_command(argv: list[str] | None = None) -> int:
     """Look at, check or take the adapter out of a checkpoint. Exit codes: 0 whole, 2 damaged or bad argument."""
     _set_up_output()
     try:
-        parser = _Parser(prog="launch/checkpoint.py", allow_abbrev=False, description="Checkpoints of a run.")
-        parser.add_argument("action", choices=["inspect", "verify", "export"], help="what to do")
-        parser.add_argument("path", help="a checkpoint-N folder, or a run's output_dir with several")
-        parser.add_argument("--out", metavar="DIR", help="export: folder for the adapter, in PEFT's format")
-        args = parser.parse_args(argv)
-        if (args.action == "export") != bool(args.out):
-            parser.error("--out goes with export, and export needs it")
+        args = arguments.parse_checkpoint(argv)
         from fvae_dist.training import checkpoint_tools
 
         if args.action == "export":
@@ -182,7 +149,7 @@ def plan_command(argv: list[str] | None = None) -> int:
     """Plan a recipe on a cluster. Exit codes: 0 done; 2 bad recipe or argument, or nothing fits; else a crash."""
     _set_up_output()
     try:
-        args = _parse_plan(argv)
+        args = arguments.parse_plan(argv)
         if args.measure:
             from fvae_dist.plan_measure import measure
 
@@ -196,55 +163,6 @@ def plan_command(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         _report(error)
         return EXIT_BAD_INPUT
-
-
-def _parse_plan(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="launch/plan.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Memory, traffic and time of a recipe on a cluster, for every DeepSpeed configuration and kind of\n"
-        "recomputation; the one to take, what bounds it, and how it scales. Needs no GPU and no weights.",
-        epilog="""examples:
-  python launch/plan.py --config launch/recipes/llama3_70b_multinode.yaml --nodes 4 --gpus-per-node 8 --gpu h100-80
-  python launch/plan.py --config launch/recipes/llama3_8b_longcontext.yaml --detect --write chosen.txt
-  deepspeed launch/train.py --config launch/recipes/llama3_8b_longcontext.yaml $(cat chosen.txt)
-  python launch/plan.py --measure 1 2 --json measured.json""",
-    )
-    parser.add_argument("--config", metavar="RECIPE", help="recipe YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override (repeatable)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs a node (default: 8; with --detect all)")
-    parser.add_argument("--gpu", metavar="NAME", help="a GPU of fvae_dist/planning/gpus.json, e.g. h100-80")
-    parser.add_argument("--detect", action="store_true", help="take this machine's GPUs instead")
-    parser.add_argument("--network-gbit", type=float, metavar="X", help="Gbit/s between nodes for each GPU")
-    parser.add_argument("--epoch-tokens", type=int, metavar="N", help="tokens of an epoch, instead of counting them")
-    parser.add_argument("--json", metavar="FILE", help="write every number as JSON")
-    parser.add_argument(
-        "--write", metavar="FILE", help="write what to --set for the recommended choice; .yaml: the recipe with it"
-    )
-    parser.add_argument(
-        "--measure",
-        type=int,
-        nargs="+",
-        metavar="GPUS",
-        help="instead: train four settings on so many GPUs of this machine and compare with the plan; takes of the "
-        "other arguments --set, --gpu and --json, beside which the table is written as .md",
-    )
-    args = parser.parse_args(argv)
-    if args.measure is not None:
-        if args.config or args.write or min(args.measure) < 1:
-            parser.error("--measure takes numbers of GPUs, and of the other arguments --set, --gpu and --json")
-        return args
-    if not args.config:
-        parser.error("--config is required")
-    if bool(args.gpu) == args.detect:
-        parser.error("give --gpu NAME or --detect")
-    for name in ("nodes", "gpus_per_node", "epoch_tokens", "network_gbit"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be > 0, got {value}")
-    return args
 
 
 def _report(error: RecipeError) -> None:

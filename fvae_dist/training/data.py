@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from trl import pack_dataset
 
 from fvae_dist.training.data_cache import build_or_load, wait_and_load
 from fvae_dist.training.recipe import DataSection, RecipeError, SourceSection
-from fvae_dist.training.sources import check_source, fingerprint_source, read_records, source_name
+from fvae_dist.training.sources import check_source, count_groups, fingerprint_source, read_records, source_name
 from fvae_dist.training.tokenization import (
     Outcome,
     describe_tokenizer,
@@ -72,7 +73,8 @@ class PreparedData:
     seq_lengths, the lengths of the documents in each sequence. `report["train"]` and `report["eval"]` hold the counts
     num_records (read), num_truncated, num_cut_tokens (taken away by it), num_dropped (too long), num_dropped_no_loss
     (cut, only the prompt would be left), then, of one epoch, num_examples (after weights), num_sequences (after
-    packing), num_tokens, num_loss_tokens; and under `sources` the same per source, all but num_sequences.
+    packing), num_tokens, num_loss_tokens; and under `sources` the same per source, all but num_sequences. With
+    `data.groups` also report["train"]["groups"]: records read, by group.
     """
 
     train: datasets.Dataset
@@ -135,6 +137,7 @@ def _cache_key(data: DataSection, tokenizer, chat_template: str | None, seed: in
         "num_train_sources": len(data.train),
         "settings": data.model_dump(include={"max_length", "overlong", "packing", "completion_only_loss"}),
         "chat_template": chat_template,
+        **({"groups": data.groups} if data.groups is not None else {}),
         "tokenizer": describe_tokenizer(tokenizer),
         "seed": seed if any(source.weight % 1 for source in sources) else None,
     }
@@ -160,6 +163,11 @@ def _build(folder: Path, data: DataSection, tokenizer, chat_template: str | None
                 tokenize = partial(tokenize_batch, data=data, tokenizer=tokenizer, chat_template=chat_template)
                 dataset, report[split] = _build_split(split, sources, work, data, tokenize, seed)
                 dataset.save_to_disk(str(folder / split))
+    if data.groups is not None:
+        composition: Counter[str] = Counter()
+        for source in data.train:
+            composition.update(count_groups(source, data.groups))
+        report["train"]["groups"] = dict(composition)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     shutil.rmtree(work)
 
@@ -269,7 +277,8 @@ def _describe(split: str, counts: dict[str, Any]) -> str:
         "{num_truncated} truncated ({num_cut_tokens} tokens cut), {num_dropped} dropped as too long, "
         "{num_dropped_no_loss} dropped as nothing to learn was left"
     )
-    return f"{split}: {text.format(**counts)}"
+    groups = "".join(f", group {name}: {number}" for name, number in counts.get("groups", {}).items())
+    return f"{split}: {text.format(**counts)}{groups}"
 
 
 @contextlib.contextmanager

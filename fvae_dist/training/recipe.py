@@ -99,6 +99,9 @@ class DataSection(_Section):
         None, description="Where tokenised data is kept (by content hash); default: OUTPUT_DIR/../.data_cache."
     )
     num_proc: int = Field(1, ge=1, description="Processes that tokenise.")
+    groups: str | None = Field(
+        None, min_length=1, description="Column with each training record's group: how many each has is reported."
+    )
 
 
 class TrainingSection(_Section):
@@ -176,7 +179,7 @@ class TrainingSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Loss on data.eval during the run."""
+    """Loss on data.eval during the run, and the suites of launch/evaluate.py."""
 
     strategy: Annotated[Literal["no", "steps", "epoch"], _NO_IS_TEXT] = Field(
         "no", description="When data.eval is evaluated."
@@ -184,6 +187,23 @@ class EvaluationSection(_Section):
     steps: int = Field(200, ge=1, description="Optimizer steps between evaluations.")
     at_start: bool = Field(False, description="Evaluate the base model before the first step.")
     at_end: bool = Field(False, description="Evaluate once more after the last step.")
+    every: int = Field(0, ge=0, description="Optimizer steps between runs of `suites`; 0: never.")
+    suites: dict[Literal["perplexity", "commonsense", "gsm8k", "needle", "groups"], str] = Field(
+        default_factory=dict,
+        description="Suite and its data, as --data of launch/evaluate.py: {groups: val.jsonl}.",
+    )
+    mode: Literal["generate", "loglikelihood"] | None = Field(
+        None, description="How suites ask: parse what is written, or take the likeliest answer; default: the suite's."
+    )
+    template: Literal["clean", "published"] = Field("clean", description="Prompt of the suites.")
+    suite_batch_size: int = Field(8, ge=1, description="Samples per device and call of the suites.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Longest answer, tokens; default: the suite's.")
+    limit: int | None = Field(None, ge=1, description="Use only the first N samples of every set of the suites.")
+    best_metric: str | None = Field(
+        None,
+        description="SUITE/TASK/METRIC, e.g. groups/groups/worst_group: the adapter that was best by it is kept in "
+        "OUTPUT_DIR/best.",
+    )
 
 
 class LoggingSection(_Section):
@@ -222,6 +242,10 @@ class Recipe(_Section):
     def _consistent(self):
         if self.evaluation.strategy != "no" and not self.data.eval:
             raise ValueError("evaluation.strategy: needs data.eval")
+        if bool(self.evaluation.every) != bool(self.evaluation.suites):
+            raise ValueError("evaluation.every: goes with evaluation.suites, and they with it")
+        if self.evaluation.best_metric and not self.evaluation.every:
+            raise ValueError("evaluation.best_metric: needs evaluation.every")
         for key in ("at_start", "at_end"):
             if getattr(self.evaluation, key) and not self.data.eval:
                 raise ValueError(f"evaluation.{key}: needs data.eval")

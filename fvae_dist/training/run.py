@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +56,10 @@ class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
 
 @dataclass
 class Prepared:
-    """A checked run: everything that can be known before a process group or device memory exists."""
+    """A checked run: everything that can be known before a process group or device memory exists.
+
+    make_callbacks: further callbacks for the trainer, such as the suites of fvae_dist.evaluation.
+    """
 
     recipe: Recipe
     config: PretrainedConfig
@@ -69,6 +73,7 @@ class Prepared:
     checkpoint: str | None
     base_fingerprint: str
     lock: IO[str] | None
+    make_callbacks: Callable[[RecipeTrainer], list[transformers.TrainerCallback]] = lambda trainer: []
 
 
 def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, devices: int | None = None) -> Prepared:
@@ -98,7 +103,8 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     if lock is not None:
         remove_leftovers(Path(training.output_dir))
     config = load_config(recipe.model)
-    check_weights(recipe.model)
+    if not dry_run:
+        check_weights(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)
     plan = plan_model(recipe, config)
@@ -127,6 +133,8 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     trainer = build_trainer(prepared, args, model)
     stopper = StopOnSignal(trainer, stop or StopSignal())
     trainer.add_callback(stopper)
+    for callback in prepared.make_callbacks(trainer):
+        trainer.add_callback(callback)
 
     result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if stopper.stopped_at is not None:

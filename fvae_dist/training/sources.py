@@ -7,8 +7,10 @@ The four formats become one `Record`, so that everything after this file knows p
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,21 @@ def fingerprint_source(source: SourceSection) -> str:
     except OSError as error:
         raise RecipeError(f"{source.path}: cannot be read: {error.strerror}") from None
     return f"{Path(source.path).suffix} {digest.hexdigest()}"
+
+
+def count_groups(source: SourceSection, column: str) -> dict[str, int]:
+    """How many of a source's records (the first `limit`) each value of `column` has; most frequent first.
+
+    Raises:
+        RecipeError: a record without it.
+    """
+    counts: Counter[str] = Counter()
+    rows = read_rows(source.path, {column}) if source.path else _read_hub(source)
+    for number, row in islice(rows, source.limit):
+        if not isinstance(row, dict) or row.get(column) is None:
+            raise RecipeError(f'data.groups: {place(source, number)}: missing column "{column}"')
+        counts[str(row[column])] += 1
+    return dict(counts.most_common())
 
 
 def read_records(source: SourceSection) -> Iterator[Record]:

@@ -91,7 +91,7 @@ def tokenize_batch(
             for number, messages in zip(batch["number"], batch["messages"], strict=True)
         ]
     else:
-        encoded = _encode_completions(batch["prompt"], batch["completion"], tokenizer)
+        encoded = encode_completions(batch["prompt"], batch["completion"], tokenizer)
     rows = []
     for number, (ids, learned) in zip(batch["number"], encoded, strict=True):
         everything = not data.completion_only_loss
@@ -129,7 +129,7 @@ def _fit(ids: list[int], labels: list[int], data: DataSection) -> dict[str, Any]
 # ------------------------------------------------------------------------------------ prompt and completion, and text
 
 
-def _encode_completions(prompts: list[str], completions: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
+def encode_completions(prompts: list[str], completions: list[str], tokenizer) -> list[tuple[list[int], list[int]]]:
     """Token ids of prompt + completion + EOS, and 1 for each token of the completion and its EOS.
 
     Prompt and completion are tokenised as one text, as at inference. The border is where the tokens of the prompt alone
@@ -137,7 +137,7 @@ def _encode_completions(prompts: list[str], completions: list[str], tokenizer) -
     """
     whole_texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     encoded = []
-    for prompt_ids, ids in zip(_tokenize(prompts, tokenizer), _tokenize(whole_texts, tokenizer), strict=True):
+    for prompt_ids, ids in zip(encode_texts(prompts, tokenizer), encode_texts(whole_texts, tokenizer), strict=True):
         border = common_prefix_length(prompt_ids, ids)
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
@@ -145,7 +145,7 @@ def _encode_completions(prompts: list[str], completions: list[str], tokenizer) -
     return encoded
 
 
-def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
+def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
     """Ids with the special tokens that the tokenizer adds by itself, BOS only once even if the text begins with it."""
     all_ids = tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
     doubled = [tokenizer.bos_token_id] * 2

@@ -357,3 +357,15 @@ def test_one_log_line_and_no_files_elsewhere(prepare, tmp_path, caplog, capfd, m
     assert capfd.readouterr().err == ""
     assert not home.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", ".data_cache"}
+
+
+def test_groups_of_the_training_data_are_counted(prepare, caplog):
+    rows = [{"text": f"t {i}", "group": "ab"[i % 3 == 0]} for i in range(7)]
+    with caplog.at_level(logging.INFO):
+        prepared = prepare(rows, format="text", groups="group", eval=[])
+    assert prepared.report["train"]["groups"] == {"a": 4, "b": 3}
+    assert "group a: 4, group b: 3" in caplog.text
+    assert prepare(rows, format="text", groups="group", limit=2).report["train"]["groups"] == {"b": 1, "a": 1}
+    assert "groups" not in prepare(rows, format="text").report["train"]
+    with pytest.raises(RecipeError, match=r'data.groups: .*data.jsonl:1: missing column "place"'):
+        prepare(rows, format="text", groups="place")

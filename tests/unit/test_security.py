@@ -11,7 +11,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fvae_dist.cli import checkpoint_command, export_command, train_command
+from fvae_dist.cli import checkpoint_command, evaluate_command, export_command, train_command
 from fvae_dist.training.checkpoint_files import problem_with, publish
 from tests.models import tiny_adapter
 from tests.recipes import SIZES, byte_tokenizer, make_model_folder, recipe_values, write_recipe, write_records
@@ -123,6 +123,18 @@ def test_spoiled_adapter_is_refused(tmp_path, base, adapter, spoil, form, capsys
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("error: ") and SPOILED[spoil] in line
     assert not (tmp_path / "out").exists() and not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
+def test_spoiled_adapter_is_not_evaluated(tmp_path, base, adapter, spoil, capsys):
+    spoil(adapter)
+    records = [{"instruction": "Yes? Answer format: yes/no", "output": "yes", "answer": "yes", "group": "a"}]
+    data = write_records(tmp_path / "groups.jsonl", records)
+    arguments = ["--model", str(base), "--adapter", str(adapter), "--suite", "groups", "--data", f"groups={data}"]
+    assert evaluate_command([*arguments, "--out", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: --adapter ") and SPOILED[spoil] in line
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_good_adapter_is_exported(tmp_path, base, adapter):

@@ -1,0 +1,108 @@
+"""The needle suite: a number hidden in a long text, to be found again.
+
+`--data needle=FILE` is a text that the number is hidden in (repeated if it is too short); without it a few plain
+sentences are. One question for each length (a quarter, half and all of `--max-length`) and depth (0 to 100 % of the
+text), five numbers each; the answer is right if the first number that the model writes is the hidden one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from fvae_dist.evaluation.metrics import estimate
+from fvae_dist.evaluation.prompts import render_prompt
+from fvae_dist.evaluation.tasks import Options, Sample, Task, prompt_row, room_for_prompt
+from fvae_dist.training.recipe import RecipeError
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NUM_REPEATS = 5
+_FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. The river runs down to the sea. "
+    "In the morning the market opens, and in the evening it closes again. "
+)
+_QUESTION = "What is the secret number that the text above mentions? Answer with the number alone."
+
+
+def needle_tasks(tokenizer: Any, options: Options) -> list[Task]:
+    """The one task of the suite.
+
+    Raises:
+        RecipeError: no such text, or no room for it in `--max-length`.
+    """
+    max_new_tokens = options.max_new_tokens or 16
+    room = room_for_prompt("needle", options, max_new_tokens)
+    words = _filler(options)
+    generator = np.random.default_rng(options.seed)
+    samples: list[Sample] = []
+    for length in sorted({room // 4, room // 2, room}):
+        num_words = _fitting_words(words, length, tokenizer, options.template)
+        for depth in DEPTHS:
+            for _ in range(NUM_REPEATS):
+                number = str(generator.integers(1_000_000, 10_000_000))
+                row, _ = prompt_row(_prompt(words, num_words, depth, number, options.template), tokenizer, room)
+                facts = {"answer": number, "depth": depth, "length": length}
+                samples.append(Sample(len(samples), [row], facts))
+    samples = samples[: options.limit]
+
+    def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
+        return summarise_needles(records, options.seed)
+
+    return [Task("needle", "needle", "generate", samples, judge_needle, summarise, max_new_tokens)]
+
+
+def _filler(options: Options) -> list[str]:
+    if "needle" not in options.data:
+        return _FILLER.split()
+    path = options.path("needle")
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--data needle: {path}: is no readable text: {error}") from None
+    if not words:
+        raise RecipeError(f"--data needle: {path}: is empty")
+    return words
+
+
+def _prompt(words: list[str], num_words: int, depth: float, number: str, template: str) -> str:
+    text = [words[i % len(words)] for i in range(num_words)]
+    text.insert(round(depth * num_words), f"The secret number is {number}.")
+    return render_prompt(template, f"{' '.join(text)}\n\n{_QUESTION}")
+
+
+def _fitting_words(words: list[str], length: int, tokenizer: Any, template: str) -> int:
+    """The most words of filler with which the prompt has no more than `length` tokens."""
+
+    def num_tokens(num_words: int) -> int:
+        # The longest of them: a number's tokens depend on its digits and its place.
+        return len(prompt_row(_prompt(words, num_words, 0.5, "8888888", template), tokenizer, 1 << 40)[0].ids)
+
+    if num_tokens(0) > length:
+        raise RecipeError(f"--max-length: a needle's question does not fit into {length} tokens")
+    low, high = 0, length  # a word has a token at least
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if num_tokens(middle) <= length else (low, middle - 1)
+    return low
+
+
+def judge_needle(sample: Sample, text: str) -> dict[str, Any]:
+    """The record of one hidden number."""
+    found = re.search(r"\d[\d,]*", text)
+    prediction = found.group().replace(",", "") if found else None
+    return sample.facts | {"prediction": prediction, "correct": prediction == sample.facts["answer"], "output": text}
+
+
+def summarise_needles(records: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Accuracy over all, and of each length and depth ("length x depth %")."""
+    cells: dict[str, list[bool]] = {}
+    for record in records:
+        cells.setdefault(f"{record['length']} x {record['depth']:.0%}", []).append(record["correct"])
+    return {
+        "accuracy": estimate([float(record["correct"]) for record in records], seed=seed),
+        "num_samples": len(records),
+        "num_parse_failures": sum(record["prediction"] is None for record in records),
+        "cells": {name: sum(correct) / len(correct) for name, correct in cells.items()},
+    }
