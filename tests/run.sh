@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed and runs the tests, two at a time; arguments go to pytest (e.g. tests/run.sh tests/unit -x, or
-# -m gpu, which runs them one by one).
+# Sets up .venv if needed and runs the tests, two files at a time; arguments go to pytest (e.g. tests/run.sh tests/unit -x,
+# or -m gpu, which runs them one by one).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
@@ -10,4 +10,4 @@ case " $* " in
 *" gpu "*) workers=0 ;;
 *) workers=2 ;;
 esac
-exec python -m pytest -n "$workers" --dist loadgroup "$@"
+exec python -m pytest -n "$workers" --dist loadfile "$@"

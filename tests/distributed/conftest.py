@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -66,11 +68,23 @@ class TwoRanks:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
-    folder = tmp_path_factory.mktemp("two_ranks")
-    write_model(folder / "model")
-    large_model_bytes = write_large_model(folder / "large")
-    one_rank(folder)
-    return run_ranks(folder, SCENARIOS, large_model_bytes)
+    """Started by the first of the processes that run tests side by side (pytest-xdist); the others wait for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "two_ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder, finished = folder / "two_ranks", folder / "two_ranks.json"
+        if not finished.exists():
+            folder.mkdir()
+            write_model(folder / "model")
+            large_model_bytes = write_large_model(folder / "large")
+            one_rank(folder)
+            launch = run_ranks(folder, SCENARIOS, large_model_bytes)
+            finished.write_text(
+                json.dumps([launch.large_model_bytes, launch.exit_codes, launch.seconds_after_error, launch.logs])
+            )
+    return TwoRanks(folder, *json.loads(finished.read_text()))
 
 
 def one_rank(folder: Path, **arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The real commands as subprocesses: quickstart, training under the launcher, resume, baseline, README's script."""
+"""The real commands as subprocesses: quickstart under the launcher, baseline, README's script. Resume: test_faults.py."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("launch", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    steps = ["--set", "training.max_steps=36", "--set", "training.save_steps=32"]
+    steps = ["--set", "training.max_steps=36", "--set", "training.save_steps=36"]
     output = run(["bash", "launch/quickstart.sh", "--fast", *steps], folder)
     (folder / "quickstart.log").write_text(output)
     return folder
@@ -99,19 +99,6 @@ def test_adapter_loads_in_plain_peft_and_generates(checkout):
     prompt = tokenizer("Text: The", return_tensors="pt")
     generated = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert generated.shape[1] > prompt["input_ids"].shape[1]
-
-
-def test_resume_goes_on_where_the_run_stopped(checkout):
-    whole = metrics(checkout, "quickstart")["history"]
-    shutil.copytree(checkout / "runs" / "quickstart", checkout / "runs" / "resume")
-    shutil.rmtree(checkout / "runs" / "resume" / "checkpoint-36")
-    settings = ["training.output_dir=runs/resume", "training.max_steps=36", "training.save_steps=32"]
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    output = deepspeed(checkout, "launch/recipes/quickstart.yaml", *arguments, "--resume", "auto")
-    assert "resuming from runs/resume/checkpoint-32" in output
-    resumed = metrics(checkout, "resume")["history"]
-    assert resumed[-1]["step"] == 36 and resumed[-1]["loss/task"] == whole[-1]["loss/task"]
-    assert [row["step"] for row in resumed] == [row["step"] for row in whole]
 
 
 def test_lora_baseline_is_one_key_away(checkout):

@@ -19,6 +19,12 @@ DROPOUTS = [(7, 0.1), (5, 0.0), (6, 0.3)]
 DOCUMENTS = [[5, 6, 7, 8, 9], [5, 6, 7], [9, 8, 7, 6, 5, 4], [11]]
 
 
+@pytest.fixture(autouse=True)
+def no_streams_of_other_tests(monkeypatch):
+    """A graph that another test's fixture or traceback keeps alive is none of ours."""
+    monkeypatch.setattr(noise, "_live", {})
+
+
 def draw(batch, seed=0, step=0, name="layer/default", r=R, dropouts=DROPOUTS, dtype=torch.float32):
     """Noise of one layer for a batch: eps1, eps2 (B, T, r) and the keeps that are not None."""
     ids = batch["input_ids"]
