@@ -1,4 +1,4 @@
-"""The real commands as subprocesses: quickstart under the launcher, baseline, README's script. Resume: test_faults.py."""
+"""The real commands as subprocesses: quickstart under the launcher, baseline, README's script."""
 
 import json
 import os
