@@ -123,7 +123,7 @@ def signalled(place: Place, number: signal.Signals) -> Outcome:
     return _conclude(place, output, outcome, run)
 
 
-def hangs(place: Place, stall_timeout_s: float = 4.0) -> Outcome:
+def hangs(place: Place, stall_timeout_s: float = 10.0) -> Outcome:
     """The last rank does not come back: every rank says where it stands and exits."""
     output, outcome = place.folder / "hang", Outcome(injected=1)
     fault = f"hang {place.num_ranks - 1} {STEP}"
