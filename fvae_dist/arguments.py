@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fvae_dist.training.recipe import RecipeError
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports a bad argument as every other bad input: one line, from one rank."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"{message} (see --help)")
@@ -19,7 +22,6 @@ class _Parser(argparse.ArgumentParser):
 def parse_train(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="launch/train.py",
-        allow_abbrev=False,
         description="Fine-tune with FVAE-LoRA, or any PEFT method, from a recipe.",
         epilog="Launch: deepspeed launch/train.py --config launch/recipes/quickstart.yaml",
     )
@@ -41,8 +43,6 @@ def parse_train(argv: list[str] | None) -> argparse.Namespace:
 def parse_evaluate(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="launch/evaluate.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Evaluate a model with an adapter (of any PEFT method), or a base model alone.",
         epilog="""suites and their data:
   perplexity      --data perplexity=RECIPE[:eval|:train]: loss on a recipe's data section
@@ -101,8 +101,6 @@ command's suites) appear at the end.""",
 def parse_export(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="launch/export.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Bring an adapter into another form.",
         epilog="""forms:
   lora       plain LoRA, for PEFT without this project; needs encoder_layers = 0
@@ -135,7 +133,7 @@ examples:
 
 
 def parse_checkpoint(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="launch/checkpoint.py", allow_abbrev=False, description="Checkpoints of a run.")
+    parser = _Parser(prog="launch/checkpoint.py", description="Checkpoints of a run.")
     parser.add_argument("action", choices=["inspect", "verify", "export"], help="what to do")
     parser.add_argument("path", help="a checkpoint-N folder, or a run's output_dir with several")
     parser.add_argument("--out", metavar="DIR", help="export: folder for the adapter, in PEFT's format")
@@ -148,8 +146,6 @@ def parse_checkpoint(argv: list[str] | None) -> argparse.Namespace:
 def parse_plan(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="launch/plan.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Memory, traffic and time of a recipe on a cluster, for every DeepSpeed configuration and kind of\n"
         "recomputation; the one to take, what bounds it, and how it scales. Needs no GPU and no weights.",
         epilog="""examples:

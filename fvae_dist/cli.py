@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import logging
 import os
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fvae_dist import arguments
@@ -42,19 +44,30 @@ def main(argv: list[str] | None = None) -> int:
     return commands[argv[0]](argv[1:])
 
 
-def train_command(argv: list[str] | None = None) -> int:
+def _command(run: Callable[[list[str] | None], int]) -> Callable[..., int]:
+    """A bad recipe, argument or file is one line and exit code 2, whatever the command."""
+
+    @functools.wraps(run)
+    def command(argv: list[str] | None = None) -> int:
+        _set_up_output()
+        try:
+            return run(argv)
+        except RecipeError as error:
+            _report(error)
+            return EXIT_BAD_INPUT
+
+    return command
+
+
+@_command
+def train_command(argv: list[str] | None) -> int:
     """Train from a recipe. Exit codes: 0 done; 2 bad recipe, data or argument; 75 stopped by SIGTERM or SIGUSR1 after a
     complete checkpoint (start it again with --resume auto); anything else is a crash."""
-    _set_up_output()
-    try:
-        args = arguments.parse_train(argv)
-        if args.help_recipe:
-            print(describe_recipe())
-            return 0
-        return _train(args)
-    except RecipeError as error:
-        _report(error)
-        return EXIT_BAD_INPUT
+    args = arguments.parse_train(argv)
+    if args.help_recipe:
+        print(describe_recipe())
+        return 0
+    return _train(args)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -62,6 +75,7 @@ def _train(args: argparse.Namespace) -> int:
     # Imported only now: a mistake in the recipe is reported in a second.
     from fvae_dist.training import run
     from fvae_dist.training.control import EXIT_RESUME, StopSignal
+    from fvae_dist.training.process_group import shut_down
 
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal().listen()
@@ -76,7 +90,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         finished = run.train(prepared, stop)
     finally:
-        run.shut_down()
+        shut_down()
         atexit.register(stop.ignore)
     return EXIT_RESUME if finished is None else 0
 
@@ -92,77 +106,61 @@ def _plan_suites(prepared: Prepared) -> None:
     prepared.make_callbacks = lambda trainer: [SuiteEvaluation(trainer, recipe, tasks)]
 
 
-def evaluate_command(argv: list[str] | None = None) -> int:
+@_command
+def evaluate_command(argv: list[str] | None) -> int:
     """Evaluate a model with an adapter. Exit codes: 0 done, 2 bad argument or file; anything else is a crash."""
-    _set_up_output()
+    args = arguments.parse_evaluate(argv)
+    # Imported only now: --help and a mistake in the arguments take no seconds.
+    from fvae_dist.evaluation.evaluate import evaluate
+    from fvae_dist.training.process_group import shut_down
+
     try:
-        args = arguments.parse_evaluate(argv)
-        # Imported only now: --help and a mistake in the arguments take no seconds.
-        from fvae_dist.evaluation.evaluate import evaluate
-        from fvae_dist.evaluation.ranks import shut_down
-
-        try:
-            table = evaluate(args)
-        finally:
-            shut_down()
-        if table is not None:
-            print(table, end="")
-        return 0
-    except RecipeError as error:
-        _report(error)
-        return EXIT_BAD_INPUT
+        table = evaluate(args)
+    finally:
+        shut_down()
+    if table is not None:
+        print(table, end="")
+    return 0
 
 
-def export_command(argv: list[str] | None = None) -> int:
+@_command
+def export_command(argv: list[str] | None) -> int:
     """Convert or export an adapter. Exit codes: 0 done, 2 bad argument or file; anything else is a crash."""
-    _set_up_output()
-    try:
-        args = arguments.parse_export(argv)
-        # Imported only now: --help and a mistake in the arguments take no seconds.
-        from fvae_dist.exporting import export
+    args = arguments.parse_export(argv)
+    # Imported only now: --help and a mistake in the arguments take no seconds.
+    from fvae_dist.exporting import export
 
-        print(export(args))
-        return 0
-    except RecipeError as error:
-        _report(error)
-        return EXIT_BAD_INPUT
+    print(export(args))
+    return 0
 
 
-def checkpoint_command(argv: list[str] | None = None) -> int:
+@_command
+def checkpoint_command(argv: list[str] | None) -> int:
     """Look at, check or take the adapter out of a checkpoint. Exit codes: 0 whole, 2 damaged or bad argument."""
-    _set_up_output()
-    try:
-        args = arguments.parse_checkpoint(argv)
-        from fvae_dist.training import checkpoint_tools
+    args = arguments.parse_checkpoint(argv)
+    from fvae_dist.training import checkpoint_tools
 
-        if args.action == "export":
-            print(checkpoint_tools.export(args.path, args.out))
-        else:
-            print(getattr(checkpoint_tools, args.action)(args.path))
-        return 0
-    except RecipeError as error:
-        _report(error)
-        return EXIT_BAD_INPUT
+    if args.action == "export":
+        print(checkpoint_tools.export(args.path, args.out))
+    else:
+        print(getattr(checkpoint_tools, args.action)(args.path))
+    return 0
 
 
-def plan_command(argv: list[str] | None = None) -> int:
+@_command
+def plan_command(argv: list[str] | None) -> int:
     """Plan a recipe on a cluster. Exit codes: 0 done; 2 bad recipe or argument, or nothing fits; else a crash."""
-    _set_up_output()
-    try:
-        args = arguments.parse_plan(argv)
-        if args.measure:
-            from fvae_dist.plan_measure import measure
+    args = arguments.parse_plan(argv)
+    if args.measure:
+        from fvae_dist.plan_measure import measure
 
-            print(measure(args))
-            return 0
-        # Imported only now: --help and a mistake in the arguments take no seconds.
-        from fvae_dist.plan_command import plan
-
-        print(plan(args))
+        print(measure(args))
         return 0
-    except RecipeError as error:
-        _report(error)
-        return EXIT_BAD_INPUT
+    # Imported only now: --help and a mistake in the arguments take no seconds.
+    from fvae_dist.plan_command import plan
+
+    print(plan(args))
+    return 0
 
 
 def _report(error: RecipeError) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PretrainedConfig
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
@@ -22,7 +21,7 @@ from fvae_dist.training.checks import StartupError, check_partitioned
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
 from fvae_dist.training.fingerprint import base_fingerprint
 from fvae_dist.training.modeling import check_weights, choose_attention, load_base_model, load_config, load_tokenizer
-from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, TrainingSection
+from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, TrainingSection, one_line
 from fvae_dist.training.zero3 import treat_vaes_as_leaves
 
 SHARDED = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
@@ -59,7 +58,7 @@ class ModelSource:
             "adapter": str(self.adapter) if self.adapter else None,
             "adapter_sha256": sha256(self.adapter / ADAPTER_FILE) if self.adapter else None,
             "adapter_config": {
-                key: value for key, value in self.adapter_config.items() if key not in ("base_model_name_or_path",)
+                key: value for key, value in self.adapter_config.items() if key != "base_model_name_or_path"
             },
             "dtype": section.dtype,
             "attention": self.attention,
@@ -113,9 +112,9 @@ def find_model(
     source = ModelSource(recipe, config, tokenizer, None, ds_config, attention)
     if adapter is not None:
         source.adapter = Path(adapter)
-        source.adapter_config = _read_adapter_config(source.adapter)
+        source.adapter_config, tensors = _read_adapter(source.adapter)
         if source.adapter_config.get("task_type") == CLASSIFICATION:
-            config.num_labels = _saved_labels(source.adapter) or config.num_labels or 0
+            config.num_labels = _saved_labels(tensors) or config.num_labels or 0
             source.num_labels = config.num_labels
         if ds_config is not None and (source.num_labels or source.adapter_config.get("modules_to_save")):
             raise RecipeError(
@@ -140,23 +139,22 @@ def as_argument(error: RecipeError) -> RecipeError:
     return RecipeError(message)
 
 
-def _read_adapter_config(folder: Path) -> dict[str, Any]:
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Its configuration and tensors, none of them broken or not finite."""
     if not (folder / CONFIG_FILE).is_file():
         raise RecipeError(f"--adapter {folder}: holds no {CONFIG_FILE}: not a saved adapter")
     if not (folder / ADAPTER_FILE).is_file():
         raise RecipeError(f"--adapter {folder}: holds no {ADAPTER_FILE} (pickled files are not loaded)")
     try:
-        read_tensors(folder / ADAPTER_FILE)  # none of them may be broken or not finite
-        return read_json(folder / CONFIG_FILE)
+        return read_json(folder / CONFIG_FILE), read_tensors(folder / ADAPTER_FILE)
     except ValueError as error:
-        raise RecipeError(f"--adapter {_one_line(error)}") from None
+        raise RecipeError(f"--adapter {one_line(error)}") from None
 
 
-def _saved_labels(folder: Path) -> int | None:
+def _saved_labels(tensors: dict[str, Tensor]) -> int | None:
     """Rows of the classification head that was saved with the adapter."""
-    with safe_open(folder / ADAPTER_FILE, "pt") as tensors:
-        heads = [key for key in tensors.keys() if key.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
-        return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
+    heads = [key for key in tensors if key.endswith(("score.weight", "classifier.weight"))]
+    return tensors[heads[0]].shape[0] if heads else None
 
 
 def load_model(source: ModelSource, device: torch.device) -> nn.Module:
@@ -204,7 +202,7 @@ def _load_base(source: ModelSource) -> Any:
     except RecipeError as error:
         raise as_argument(error) from None
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"--model {section.name_or_path}: cannot load it: {_one_line(error)}") from None
+        raise RecipeError(f"--model {section.name_or_path}: cannot load it: {one_line(error)}") from None
 
 
 def _attach(base: nn.Module, folder: Path) -> nn.Module:
@@ -214,7 +212,7 @@ def _attach(base: nn.Module, folder: Path) -> nn.Module:
         try:
             model = PeftModel.from_pretrained(base, str(folder))  # type: ignore[arg-type]
         except (UserWarning, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise RecipeError(f"--adapter {folder}: does not fit the base model: {_one_line(error)}") from None
+            raise RecipeError(f"--adapter {folder}: does not fit the base model: {one_line(error)}") from None
     return model if model.active_peft_config.is_prompt_learning else model.get_base_model()
 
 
@@ -244,7 +242,3 @@ def greedy_generation(model: Any, tokenizer: Any) -> GenerationConfig:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 
 
@@ -69,11 +69,7 @@ def start_process_group(with_deepspeed: bool) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     if ranks.world_size == 1 and not with_deepspeed:
         return ranks, device
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    be_the_only_rank()
     backend = "gloo" if cpu else "nccl"
     if with_deepspeed:
         import deepspeed
@@ -84,9 +80,3 @@ def start_process_group(with_deepspeed: bool) -> tuple[Ranks, torch.device]:
     elif not dist.is_initialized():
         dist.init_process_group(backend)
     return ranks, device
-
-
-def shut_down() -> None:
-    """End the process group, so that no rank is left waiting at interpreter exit."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

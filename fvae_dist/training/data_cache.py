@@ -24,7 +24,7 @@ from typing import TypeVar
 import psutil
 from filelock import FileLock
 
-from fvae_dist.training.recipe import RecipeError
+from fvae_dist.training.recipe import RecipeError, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def build_or_load(folder: Path, build: Callable[[Path], None], load: Callable[[P
             try:
                 return load(folder)
             except Exception as error:  # whatever is wrong with it, making it anew is the cure
-                logger.warning("data cache %s cannot be read (%s); making it anew", folder, _one_line(error))
+                logger.warning("data cache %s cannot be read (%s); making it anew", folder, one_line(error, None))
                 folder.rename(temporary)
                 shutil.rmtree(temporary)
         try:
@@ -97,7 +97,7 @@ def wait_and_load(folder: Path, load: Callable[[Path], T], timeout_s: float | No
             except Exception as error:  # the builder finds the same and makes it anew: wait for that
                 unreadable_since = unreadable_since or time.monotonic()
                 if time.monotonic() - unreadable_since > _UNREADABLE_GRACE_S:
-                    raise RuntimeError(f"{folder}: this data cache cannot be read: {_one_line(error)}") from error
+                    raise RuntimeError(f"{folder}: this data cache cannot be read: {one_line(error, None)}") from error
         else:
             unreadable_since = None
         _raise_failure(failed, seen_at_start)
@@ -111,7 +111,7 @@ def wait_and_load(folder: Path, load: Callable[[Path], T], timeout_s: float | No
 
 def _write_failure(failed: Path, error: Exception) -> None:
     aside = failed.with_name(f"{failed.name}.{socket.gethostname()}-{os.getpid()}")
-    note = {"launch": _launch(), "recipe_error": isinstance(error, RecipeError), "message": _one_line(error)}
+    note = {"launch": _launch(), "recipe_error": isinstance(error, RecipeError), "message": one_line(error, None)}
     try:
         aside.write_text(json.dumps(note), encoding="utf-8")
         os.replace(aside, failed)
@@ -161,7 +161,3 @@ def _failure_file(folder: Path) -> Path:
 
 def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(folder.name + suffix)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

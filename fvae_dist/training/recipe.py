@@ -16,6 +16,11 @@ class RecipeError(Exception):
     """A recipe, data or argument that cannot be run; the message is one line for the user. Commands exit with 2."""
 
 
+def one_line(error: BaseException, longest: int | None = 500) -> str:
+    """An error's message in one line of at most `longest` characters; its type where it has none."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -38,6 +36,7 @@ from fvae_dist.training.modeling import (
     load_tokenizer,
     plan_model,
 )
+from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.throughput import peak_tflops
@@ -299,17 +298,7 @@ def _set_up_process(prepared: Prepared) -> None:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // local_ranks))
         os.environ["OMP_NUM_THREADS"] = threads  # accelerate would give every rank all the cores
         torch.set_num_threads(int(threads))
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
-def shut_down() -> None:
-    """End the process group, so that no rank is left waiting at interpreter exit."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    be_the_only_rank()
 
 
 def _env_int(name: str, default: int) -> int:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fvae_dist.training.recipe import RecipeError, SourceSection
+from fvae_dist.training.recipe import RecipeError, SourceSection, one_line
 from fvae_dist.training.source_files import EXTENSIONS, read_rows
 
 # Our column names per format; `columns` in the recipe maps them to the file's.
@@ -144,7 +144,7 @@ def read_records(source: SourceSection) -> Iterator[Record]:
             if num_records == source.limit:
                 return
     except OSError as error:
-        raise RecipeError(f"{source_name(source)}: cannot be read: {error.strerror or _one_line(error)}") from None
+        raise RecipeError(f"{source_name(source)}: cannot be read: {error.strerror or one_line(error, 300)}") from None
     if num_records == 0:
         raise RecipeError(f"{source_name(source)}: holds no record")
 
@@ -227,7 +227,7 @@ def _hub_revision(source: SourceSection) -> str | None:
     try:
         return HfApi().dataset_info(source_name(source)).sha
     except Exception as error:  # network, permission, name: whatever it is, the user has to see it with the id
-        raise RecipeError(f"{source.hub}: cannot reach this data set on the Hub: {_one_line(error)}") from None
+        raise RecipeError(f"{source.hub}: cannot reach this data set on the Hub: {one_line(error, 300)}") from None
 
 
 def _read_hub(source: SourceSection) -> Iterator[tuple[int, Any]]:
@@ -239,9 +239,5 @@ def _read_hub(source: SourceSection) -> Iterator[tuple[int, Any]]:
     except RecipeError:
         raise
     except Exception as error:  # load_dataset raises a dozen types, from unknown split to a lost connection
-        raise RecipeError(f"{source.hub}: cannot load split {source.split}: {_one_line(error)}") from None
+        raise RecipeError(f"{source.hub}: cannot load split {source.split}: {one_line(error, 300)}") from None
     yield from enumerate(rows, start=1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fvae_dist.cli import evaluate_command
+from fvae_dist.training.process_group import free_port
 from tests.evaluating import boolq, write_adapted, write_json
 from tests.recipes import recipe_values, write_recipe, write_records
 
@@ -77,12 +77,6 @@ def run_two_ranks(commands: list[list[str]], folder: Path) -> None:
             process.kill()
     logs = "\n".join((folder / f"log.{rank}").read_text()[-3000:] for rank in range(2))
     assert codes == [0, 0], logs
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("layout", ["whole", "sharded"])

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +14,7 @@ import yaml
 
 from fvae_dist.cli import main, train_command
 from fvae_dist.training.control import lock_output_dir
+from fvae_dist.training.process_group import free_port
 from tests.recipes import make_checkpoint, make_model_folder, recipe_values, write_recipe, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -269,9 +269,7 @@ def test_launcher_exits_with_2_and_one_rank_speaks(values, tmp_path):
     values["training"]["lerning_rate"] = 1e-4
     line = "training.lerning_rate: unknown key; did you mean learning_rate?"
     recipe = write_recipe(tmp_path, values)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launch = ["deepspeed", "--master_port", port, "--num_accelerators", "2", str(ROOT / "launch" / "train.py")]
     # As slurm/node.sh starts its ranks: they wait to be ended although they inherited SIGTERM ignored.
     ignore = partial(signal.signal, signal.SIGTERM, signal.SIG_IGN)

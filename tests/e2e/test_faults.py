@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def place(tmp_path_factory) -> Place:
     """On one rank, without DeepSpeed; the undisturbed run is done."""
     place = Place(tmp_path_factory.mktemp("faults"))
-    place.complete(place.folder / "whole")
+    place.undisturbed()
     return place
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from fvae_dist.training.process_group import free_port
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 420
@@ -41,9 +42,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def deepspeed(folder: Path, recipe: str, *arguments: str) -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launch = ["deepspeed", "--master_port", port, "--num_accelerators", "2", "launch/train.py", "--config", recipe]
     return run([*launch, *arguments], folder)
 

@@ -36,9 +36,8 @@ def main() -> int:
                 f"| {name} | {outcome.injected} | {outcome.right} of {outcome.runs} | {outcome.lost} | "
                 f"{outcome.lost_checkpoints} | {outcome.wrong} | {outcome.told} |"
             )
-    print(
-        "| fault | injected | runs that ended right | steps done again, at most | checkpoints lost | wrong results | |"
-    )
+    header = ("fault", "injected", "ended right", "steps done again, at most", "checkpoints lost", "wrong results")
+    print(f"| {' | '.join(header)} | what happens |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
     print(f"\nA checkpoint every {SAVE_STEPS} steps, with SIGKILL every step.")

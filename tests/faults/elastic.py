@@ -19,11 +19,7 @@ LAYOUTS = (
 
 def resumed_in(place: Place, layout: Layout, output: Path) -> float:
     """Take the undisturbed run from step 6 to its end in another layout; the difference of what is logged."""
-    whole = place.folder / "whole"
-    if not whole.exists():
-        place.complete(whole)
-    output.mkdir()
-    shutil.copytree(whole / f"checkpoint-{FROM_STEP}", output / f"checkpoint-{FROM_STEP}")
+    shutil.copytree(place.undisturbed() / f"checkpoint-{FROM_STEP}", output / f"checkpoint-{FROM_STEP}")
     run = place.complete(output, resume=True, layout=layout)
     assert run.resumed_at == FROM_STEP
     return place.difference(output)

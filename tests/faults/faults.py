@@ -52,12 +52,11 @@ class Outcome:
         return self.injected > 0 and self.runs == self.ended == self.right and self.lost_checkpoints == 0
 
 
-def _conclude(place: Place, output: Path, outcome: Outcome, after: Run | None = None) -> Outcome:
+def _conclude(place: Place, output: Path, outcome: Outcome, after: Run) -> Outcome:
     """Resume to the end and compare; `after` is the run that the fault ended."""
     before = newest_whole(output)
     resumed = place.complete(output, resume=True)
-    if after is not None:
-        _count_lost(outcome, after, resumed, before)
+    _count_lost(outcome, after, resumed, before)
     return _judge(place, output, outcome)
 
 
@@ -73,10 +72,10 @@ def _count_lost(outcome: Outcome, before: Run, after: Run, newest: int) -> None:
     outcome.lost_checkpoints += after.resumed_at < newest
 
 
-def killed(place: Place, num_kills: int, seed: int, save_steps: int = 1) -> Outcome:
+def killed(place: Place, num_kills: int, seed: int) -> Outcome:
     """SIGKILL at random moments of one rank or all; a checkpoint every step, so also while saving."""
     draw, outcome = random.Random(seed), Outcome(told="goes on from the newest checkpoint")
-    settings = (f"training.save_steps={save_steps}",)
+    settings = ("training.save_steps=1",)
     while outcome.injected < num_kills:
         output = place.folder / f"killed{outcome.runs}"
         before, newest = None, 0
@@ -189,8 +188,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 def damaged(place: Place, region_bytes: int = 256) -> Outcome:
     """Each region of each file of the newest checkpoint is changed once: never loaded, the one before is."""
     output, outcome = place.folder / "damaged", Outcome()
-    place.is_right(place.folder / "whole")
-    shutil.copytree(place.folder / "whole", output)
+    shutil.copytree(place.undisturbed(), output)
     newest = output / "checkpoint-12"
     accepted = 0
     for path in sorted(path for path in newest.iterdir() if path.is_file()):

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fvae_dist.training.checkpoint_files import problem_with
 from fvae_dist.training.checkpoints import list_checkpoints
+from fvae_dist.training.process_group import free_port
 from tests.recipes import SIZES, byte_tokenizer, recipe_values, write_recipe, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,6 @@ class Place:
     folder: Path
     layout: Layout = field(default_factory=Layout)
     _num_runs: int = 0
-    _whole: tuple[list, dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -176,7 +175,7 @@ class Place:
         environment = {"HF_TOKEN": TOKEN}
         if layout.num_ranks > 1:
             environment |= {"WORLD_SIZE": str(layout.num_ranks), "LOCAL_WORLD_SIZE": str(layout.num_ranks)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._num_runs += 1
         logs = [self.folder / f"{output.name}.{self._num_runs}.{rank}.log" for rank in range(layout.num_ranks)]
         processes = []
@@ -197,23 +196,24 @@ class Place:
 
     def is_right(self, output: Path) -> bool:
         """Whether losses and adapter are, bit for bit, those of a run that nothing disturbed."""
-        (rows, adapter), (expected_rows, expected) = _results(output), self._undisturbed()
+        (rows, adapter), (expected_rows, expected) = _results(output), _results(self.undisturbed())
         assert len(expected_rows) == STEPS
         same = adapter.keys() == expected.keys() and all(torch.equal(adapter[name], t) for name, t in expected.items())
         return same and rows == expected_rows
 
     def difference(self, output: Path) -> float:
         """The largest relative difference of what was logged from the undisturbed run on the place's layout."""
-        rows, expected = (torch.tensor(r, dtype=torch.float64) for r in (_results(output)[0], self._undisturbed()[0]))
+        rows, expected = (
+            torch.tensor(_results(folder)[0], dtype=torch.float64) for folder in (output, self.undisturbed())
+        )
         return float(((rows - expected).abs() / expected.abs().clamp_min(1e-12)).max())
 
-    def _undisturbed(self) -> tuple[list, dict[str, Tensor]]:
-        if self._whole is None:
-            whole = self.folder / "whole"
-            if not whole.exists():
-                self.complete(whole)
-            self._whole = _results(whole)
-        return self._whole
+    def undisturbed(self) -> Path:
+        """The folder of a run that nothing disturbed, which is done when it is first asked for."""
+        whole = self.folder / "whole"
+        if not whole.exists():
+            self.complete(whole)
+        return whole
 
 
 def _be_rank(arguments: list[str], log: str, faults: str, **environment: str) -> None:
@@ -238,9 +238,3 @@ def send(run: Run, number: signal.Signals, rank: int = 0) -> None:
 def _results(folder: Path) -> tuple[list, dict[str, Tensor]]:
     history = json.loads((folder / "metrics.json").read_text())["history"]
     return [[row[key] for key in KEYS] for row in history], load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
