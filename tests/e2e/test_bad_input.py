@@ -234,9 +234,12 @@ def test_other_ranks_wait_for_rank_0_to_speak_first(refused, monkeypatch, rank, 
     monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
+    handlers = []
+    monkeypatch.setattr("signal.signal", lambda *handler: handlers.append(handler))
     refused(recipe="")
     assert waits == waited_s
+    # slurm/node.sh starts its ranks with SIGTERM ignored: who waits to be ended takes it back.
+    assert handlers == [(signal.SIGTERM, signal.SIG_DFL)] * len(waited_s)
 
 
 def run(command: list[str], folder: Path, **options) -> subprocess.CompletedProcess:
@@ -271,9 +274,9 @@ def test_launcher_exits_with_2_and_one_rank_speaks(values, tmp_path):
     recipe = write_recipe(tmp_path, values)
     port = str(free_port())
     launch = ["deepspeed", "--master_port", port, "--num_accelerators", "2", str(ROOT / "launch" / "train.py")]
-    # As slurm/node.sh starts its ranks: they wait to be ended although they inherited SIGTERM ignored.
-    ignore = partial(signal.signal, signal.SIGTERM, signal.SIG_IGN)
-    result = run([*launch, "--config", str(recipe)], tmp_path, preexec_fn=ignore)
+    # Whatever started the tests: ranks that inherit SIGTERM ignored cannot be ended before they have taken it back.
+    take_back = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    result = run([*launch, "--config", str(recipe)], tmp_path, preexec_fn=take_back)
     output = result.stdout + result.stderr
     assert result.returncode == 2, output
     assert output.count(line) == 1, output
