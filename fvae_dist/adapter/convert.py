@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.export import ADAPTER_FILE, CONFIG_FILE, export_adapter, read_json, read_tensors
@@ -102,12 +102,17 @@ def _rename_modules(found: OfficialTensors, model: nn.Module) -> tuple[OfficialT
         return found, False
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     layers = {
-        apply_renamings(f"{module}.weight", renamings).removesuffix(".weight"): layer
-        for module, layer in found.layers.items()
+        _renamed(f"{module}.weight", renamings).removesuffix(".weight"): layer for module, layer in found.layers.items()
     }
     if len(layers) < len(found.layers) or not all(module in modules for module in layers):
         return found, False
-    return OfficialTensors(layers, {apply_renamings(key, renamings): t for key, t in found.others.items()}), True
+    return OfficialTensors(layers, {_renamed(key, renamings): t for key, t in found.others.items()}), True
+
+
+def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
+    for step in renamings:
+        key, _ = step.rename_source_key(key)
+    return key
 
 
 def _complete_config(config: FVAELoraConfig | Mapping[str, Any] | None, found: OfficialTensors) -> FVAELoraConfig:

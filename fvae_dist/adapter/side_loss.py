@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.noise import GENERATOR, Noise, TokenNoise, draw_ticket, in_backward, recall, remember
@@ -32,29 +32,28 @@ _open_collectors: list[Collector] = []
 _warned_uncollected = False
 
 
+# Layers whose statistics are added up together, at most; beyond it memory would be held for nothing.
+PENDING_BYTES = 128 * 2**20
+
+
+class _Report(NamedTuple):
+    """One forward of one (layer, adapter), as the layer gave it: a layer reports from inside a checkpointed region,
+    where multiplying the two would save tensors that recomputation does not save again."""
+
+    entry: int
+    neg_elbo: Tensor  # (...)
+    mask: Tensor
+
+
 @dataclass
 class _Entry:
-    """Sums over the counted tokens of one (layer, adapter)."""
+    """One (layer, adapter) that reported."""
 
+    index: int
     name: str
     adapter: str
     config: FVAELoraConfig
-    # (negative ELBO per token, mask) of each forward, as the layer gave them: a layer reports from inside a
-    # checkpointed region, where multiplying them would save tensors that recomputation does not save again.
-    reports: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def neg_elbo(self) -> Tensor:
-        """Sum over the counted tokens, differentiable."""
-        return torch.stack([(neg_elbo * mask).sum() for neg_elbo, mask in self.reports]).sum()
-
-    @property
-    def num_tokens(self) -> Tensor:
-        return torch.stack([mask.sum() for _, mask in self.reports]).sum()
-
-    def add_sums(self, sums: dict[str, Tensor]) -> None:
-        self.sums = {key: self.sums[key] + value if self.sums else value for key, value in sums.items()}
+    num_reports: int = 0
 
 
 class Collector:
@@ -77,6 +76,12 @@ class Collector:
         self._grad_enabled = torch.is_grad_enabled()
         self._names = {module: name for name, module in model.named_modules() if hasattr(module, "fvae_vae")}
         self._entries: dict[tuple[nn.Module, str], _Entry] = {}
+        self._reports: list[_Report] = []
+        # Masks in the shape and dtype of the reports: reports of one forward of the model share one.
+        self._masks: dict[Any, tuple[Tensor | None, Tensor]] = {}
+        # Statistics of reports that can be added up together, and such sums with the entries they are of.
+        self._pending: dict[Any, list[tuple[_Report, TokenStatistics]]] = {}
+        self._sums: list[tuple[list[int], dict[str, Tensor]]] = []
 
     # ------------------------------------------------------------------------------------------------- results
 
@@ -84,19 +89,19 @@ class Collector:
     def neg_elbo(self) -> Tensor:
         """Scalar side loss of the block's tokens; raises ValueError if no layer reported or no token counts."""
         self._require_tokens()
-        return self._combine(lambda entry: entry.neg_elbo / entry.num_tokens)
+        return self._combine(self._neg_elbo_sums() / self._token_counts())
 
     @property
     def neg_elbo_sum(self) -> Tensor:
         """As `neg_elbo`, but summed over the tokens: to be divided by the tokens of a larger batch. 0 if none."""
         self._require_reports()
-        return self._combine(lambda entry: entry.neg_elbo)
+        return self._combine(self._neg_elbo_sums())
 
     @property
     def num_tokens(self) -> Tensor:
         """Tokens that counted, a scalar tensor."""
         self._require_reports()
-        return torch.stack([entry.num_tokens for entry in self._entries.values()]).max()
+        return self._token_counts().max()
 
     @property
     def layer_names(self) -> list[str]:
@@ -117,20 +122,54 @@ class Collector:
     def sums(self) -> dict[str, Tensor]:
         """Detached per-layer sums over tokens (L, ...), additive over micro-batches and ranks; `num_tokens` (L,)."""
         self._require_reports()
-        entries = list(self._entries.values())
-        # Active adapters may differ in R: padded with zeros, dimensions that never count as active.
-        sums = {key: _stack_padded([entry.sums[key] for entry in entries]) for key in entries[0].sums}
-        sums["num_tokens"] = torch.stack([entry.num_tokens for entry in entries])
-        return sums
+        self._add_up_pending()
+        order = [index for of, _ in self._sums for index in of]
+        totals: dict[str, Tensor] = {}
+        for key in self._sums[0][1] if self._sums else ():
+            parts = [sums[key] for _, sums in self._sums]
+            if parts[0].dim() > 1:
+                # Active adapters may differ in R: padded with zeros, dimensions that never count as active.
+                width = max(part.shape[1] for part in parts)
+                parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+            totals[key] = self._by_entry(torch.cat(parts), order)
+        totals["num_tokens"] = self._token_counts()
+        return totals
 
-    def _combine(self, per_layer) -> Tensor:
+    def _neg_elbo_sums(self) -> Tensor:
+        """(L,), over the counted tokens, differentiable."""
+
+        def sums(same: list[_Report]) -> Tensor:
+            return (torch.stack([report.neg_elbo.flatten() for report in same]) * same[0].mask).sum(-1)
+
+        return self._over_reports(sums)
+
+    def _token_counts(self) -> Tensor:
+        """(L,)"""
+        return self._over_reports(lambda same: same[0].mask.sum().expand(len(same)))
+
+    def _over_reports(self, of_same_mask: Callable[[list[_Report]], Tensor]) -> Tensor:
+        """(L,) from a function that gives the values of reports with one mask, all of them at once."""
+        groups: dict[int, list[_Report]] = {}
+        for report in self._reports:
+            groups.setdefault(id(report.mask), []).append(report)
+        values = torch.cat([of_same_mask(same) for same in groups.values()])
+        return self._by_entry(values, [report.entry for same in groups.values() for report in same])
+
+    def _by_entry(self, values: Tensor, order: list[int]) -> Tensor:
+        """(L, ...): row i added to that of entry order[i]."""
+        if order == list(range(len(self._entries))):
+            return values
+        total = values.new_zeros(len(self._entries), *values.shape[1:])
+        return total.index_add(0, torch.tensor(order, device=values.device), values)
+
+    def _combine(self, per_layer: Tensor) -> Tensor:
         groups: dict[str, list[_Entry]] = {}
         for entry in self._entries.values():
             groups.setdefault(entry.adapter, []).append(entry)
         totals = []
         for entries in groups.values():
-            stacked = torch.stack([per_layer(entry) for entry in entries])
-            totals.append(stacked.sum() if entries[0].config.side_loss_reduction == "sum" else stacked.mean())
+            of_adapter = per_layer if len(groups) == 1 else per_layer[[entry.index for entry in entries]]
+            totals.append(of_adapter.sum() if entries[0].config.side_loss_reduction == "sum" else of_adapter.mean())
         return torch.stack(totals).sum()
 
     def _require_reports(self) -> None:
@@ -165,7 +204,7 @@ class Collector:
     def stream_of(self, layer: nn.Module, adapter: str) -> str:
         """A name for the noise of the layer's next report; one that runs again draws anew."""
         entry = self._entries.get((layer, adapter))
-        again = f"/{len(entry.reports)}" if entry else ""
+        again = f"/{entry.num_reports}" if entry else ""
         return f"{self._names[layer]}/{adapter}{again}"
 
     def add(self, layer: Any, adapter: str, neg_elbo: Tensor, statistics: TokenStatistics | None) -> None:
@@ -180,21 +219,41 @@ class Collector:
         mask = self._mask_for(name, neg_elbo)
         entry = self._entries.get((layer, adapter))
         if entry is None:
-            entry = self._entries[(layer, adapter)] = _Entry(name, adapter, layer.fvae_config[adapter])
-        entry.reports.append((neg_elbo, mask))
+            config = layer.fvae_config[adapter]
+            entry = self._entries[(layer, adapter)] = _Entry(len(self._entries), name, adapter, config)
+        entry.num_reports += 1
+        report = _Report(entry.index, neg_elbo, mask)
+        self._reports.append(report)
         if statistics is not None:
-            entry.add_sums(sums_over_tokens(statistics, mask))
+            alike = (id(mask), *((tensor.shape, tensor.dtype) for tensor in statistics))
+            pending = self._pending.setdefault(alike, [])
+            pending.append((report, statistics))
+            if sum(of.num_bytes for _, of in pending) > PENDING_BYTES:
+                self._add_up_pending()
+
+    def _add_up_pending(self) -> None:
+        for pending in self._pending.values():
+            reports, statistics = zip(*pending)
+            self._sums.append(([report.entry for report in reports], sums_over_tokens(statistics, reports[0].mask)))
+        self._pending.clear()
 
     def _mask_for(self, name: str, values: Tensor) -> Tensor:
+        """The mask flattened, as floating-point numbers beside `values`; the same tensor for the same mask."""
+        alike = (id(self._mask), values.numel(), values.dtype, values.device)
+        if alike not in self._masks:
+            self._masks[alike] = (self._mask, self._as_weights(name, values))  # the mask too, to keep its id its own
+        return self._masks[alike][1]
+
+    def _as_weights(self, name: str, values: Tensor) -> Tensor:
         if self._mask is None:
-            return torch.ones_like(values, requires_grad=False)
+            return torch.ones_like(values, requires_grad=False).flatten()
         mask = self._mask.to(device=values.device, dtype=values.dtype)
         if mask.numel() != values.numel():
             raise ValueError(
                 f"{name} saw {values.numel()} tokens where the token mask has {mask.numel()}: layers that see only "
                 "some tokens (experts of a mixture, cross-attention) cannot be adapted with a token mask"
             )
-        return mask.reshape(values.shape)
+        return mask.flatten()
 
 
 def _argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
@@ -202,10 +261,6 @@ def _argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
     if name in kwargs or len(args) < 2:
         return kwargs.get(name)
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(name)
-
-
-def _stack_padded(values: list[Tensor]) -> Tensor:
-    return pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
 
 
 @contextmanager

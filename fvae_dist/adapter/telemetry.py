@@ -2,11 +2,14 @@
 
     layer --token_statistics--> side_loss.Collector --sums--> (+ micro-batches, ranks) --terms_from_sums--> terms
 
-Nothing here has a gradient, and nothing here runs unless a collector asks for it.
+Nothing here has a gradient, and nothing here runs unless a collector asks for it. A layer only hands over what it has;
+the sums of several layers are computed together, because a GPU runs one such sum in less time than it is launched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,20 +20,31 @@ from fvae_dist.adapter.objective import LOGVAR_LIMIT, TokenTerms, factorization,
 
 ACTIVE_VARIANCE = 0.01
 # Tokens of a forward on which the reconstruction's R^2 is measured: it needs passes over all of D.
-R2_TOKENS = 2048
+R2_TOKENS = 512
 _GOLDEN_RATIO = 0.6180339887498949
-PER_TOKEN = ("nll", "kl_z1", "z1_sq", "z2_sq", "neg_elbo", "wasserstein", "clamped")
+_GIVEN = ("nll", "kl_z1", "z1_sq", "z2_sq", "neg_elbo")
+PER_TOKEN = (*_GIVEN, "wasserstein", "clamped")
 
 
 class TokenStatistics(NamedTuple):
-    """Of one layer's forward, detached, fp32: `per_token` (len(PER_TOKEN), ...); mean1, mean2 (..., R); for the tokens
-    `r2_sample` x (S, D) and the squared error of its reconstruction (S,)."""
+    """Of one layer's forward, detached, fp32 (float64): terms per token (...); means and clamped log-variances of q1
+    and q2 (..., R); for the tokens of `r2_sample` x and its reconstruction (S, D), as the layer computes."""
 
-    per_token: Tensor
+    nll: Tensor
+    kl_z1: Tensor
+    z1_sq: Tensor
+    z2_sq: Tensor
+    neg_elbo: Tensor
     mean1: Tensor
+    logvar1: Tensor
     mean2: Tensor
+    logvar2: Tensor
     x: Tensor
-    squared_error: Tensor
+    xhat: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self)
 
 
 @torch.no_grad()
@@ -38,16 +52,13 @@ def token_statistics(
     terms: TokenTerms, neg_elbo: Tensor, q1: tuple[Tensor, Tensor], q2: tuple[Tensor, Tensor], x: Tensor, xhat: Tensor
 ) -> TokenStatistics:
     """q1, q2: mean and clamped log-variance, (..., R); x, xhat: input and its reconstruction, (..., D)."""
-    (mean1, logvar1), (mean2, logvar2) = q1, q2
-    spread = (0.5 * logvar1).exp() - (0.5 * logvar2).exp()
-    wasserstein = ((mean1 - mean2).square() + spread.square()).sum(-1).sqrt()
-    clamped = (torch.cat([logvar1, logvar2], dim=-1).abs() >= LOGVAR_LIMIT).to(neg_elbo.dtype).mean(-1)
-    per_token = torch.stack([terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, wasserstein, clamped])
+    given = (terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, *q1, *q2)
     sample = r2_sample(neg_elbo.numel(), x.device)
-    x, xhat = (wide(part.detach().reshape(-1, part.shape[-1])[sample]) for part in (x, xhat))
-    return TokenStatistics(per_token, mean1.detach(), mean2.detach(), x, (x - xhat).square().sum(-1))
+    sampled = (part.reshape(-1, part.shape[-1])[sample] for part in (x, xhat))
+    return TokenStatistics(*(tensor.detach() for tensor in (*given, *sampled)))
 
 
+@lru_cache(maxsize=8)
 def r2_sample(num_tokens: int, device: torch.device) -> Tensor | slice:
     """Which of a forward's tokens R^2 is measured on: spread evenly, but in step with no period of the data."""
     if num_tokens <= R2_TOKENS:
@@ -57,27 +68,44 @@ def r2_sample(num_tokens: int, device: torch.device) -> Tensor | slice:
 
 
 @torch.no_grad()
-def sums_over_tokens(statistics: TokenStatistics, mask: Tensor) -> dict[str, Tensor]:
-    """Sums over the tokens that count, additive over forwards, micro-batches and ranks; fp32 and float64.
+def sums_over_tokens(statistics: Sequence[TokenStatistics], mask: Tensor) -> dict[str, Tensor]:
+    """Sums over the tokens that count, each (L, ...) for L layers of equal shapes; additive over forwards,
+    micro-batches and ranks; fp32 and float64.
 
     For R^2 the input's scatter is kept as scatter within each forward plus that of the forwards' means: a difference
     of large sums would lose it in channels whose mean is far from 0.
+
+    Args:
+        statistics: of L layers (or forwards) whose tensors have the same shapes.
+        mask: 1 for tokens that count, as many as each forward has.
     """
     weights = mask.flatten()
-    sums = dict(zip(PER_TOKEN, statistics.per_token.flatten(1) @ weights, strict=True))
-    for key in ("mean1", "mean2"):
+    count = len(statistics)
+    given = torch.stack([getattr(of, key).flatten() for of in statistics for key in _GIVEN])
+    given = given.view(count, len(_GIVEN), -1)
+    # (4, L, T, R): mean1, logvar1, mean2, logvar2
+    posterior = torch.stack([tensor.flatten(0, -2) for i in range(4) for tensor in (of[5 + i] for of in statistics)])
+    mean1, logvar1, mean2, logvar2 = posterior.unflatten(0, (4, count))
+    spread = (0.5 * logvar1).exp() - (0.5 * logvar2).exp()
+    wasserstein = ((mean1 - mean2).square() + spread.square()).sum(-1).sqrt()
+    clamped = (posterior.unflatten(0, (2, 2, count))[:, 1].abs() >= LOGVAR_LIMIT).to(given.dtype).mean((0, -1))
+    per_token = torch.cat([given, torch.stack([wasserstein, clamped], dim=1)], dim=1)
+    sums = dict(zip(PER_TOKEN, (per_token * weights).sum(-1).unbind(1), strict=True))
+    for key, mean in (("mean1", mean1), ("mean2", mean2)):
         # A variance as a difference of sums: in fp32 a mean far from 0 would drown it.
-        mean = getattr(statistics, key).flatten(0, -2).double()
+        mean = mean.double()
         sums[key] = weights.double() @ mean
         sums[f"{key}_sq"] = weights.double() @ mean.square()
     weights = weights[r2_sample(len(weights), weights.device)]
-    count = weights.sum().double()
-    mean = (weights @ statistics.x).double() / count.clamp(min=1)
-    sums["r2_tokens"] = count
-    sums["x_error"] = (weights @ statistics.squared_error).double()
-    sums["x_within"] = (weights @ (statistics.x - mean.to(statistics.x.dtype)).square().sum(-1)).double()
-    sums["x_mean"] = count * mean
-    sums["x_mean_sq"] = count * mean.square().sum()
+    measured = weights.sum().double()
+    x, xhat = (wide(torch.stack([getattr(of, key) for of in statistics])) for key in ("x", "xhat"))
+    mean = (weights @ x).double() / measured.clamp(min=1)
+    within = (x - mean.to(x.dtype)[:, None]).square().sum(-1)
+    sums["r2_tokens"] = measured.expand(count)
+    sums["x_error"] = ((x - xhat).square().sum(-1) @ weights).double()
+    sums["x_within"] = (within @ weights).double()
+    sums["x_mean"] = measured * mean
+    sums["x_mean_sq"] = measured * mean.square().sum(-1)
     return sums
 
 
@@ -88,7 +116,7 @@ def terms_from_sums(sums: dict[str, Tensor], configs: list[FVAELoraConfig]) -> d
     gamma: the paper's factorising term, summed over R.
     wasserstein: mean over tokens of the 2-Wasserstein distance between q1 and q2.
     active_z1, active_z2: dimensions whose mean varies over tokens by more than 0.01 (Burda et al., arXiv 1509.00519).
-    r2: 1 - squared error of the reconstruction / scatter of the input, over up to 2048 tokens of each forward; 0: the
+    r2: 1 - squared error of the reconstruction / scatter of the input, over up to 512 tokens of each forward; 0: the
         decoder does no better than the input's mean, or the input does not vary.
     clamped: share of both encoders' log-variances that stand at their limit of +-20.
     """

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 from fvae_dist import side_loss
 from fvae_dist.adapter import FVAELinear
 from fvae_dist.adapter.noise import TokenNoise
-from fvae_dist.adapter.telemetry import PER_TOKEN, TokenStatistics, sums_over_tokens, terms_from_sums
+from fvae_dist.adapter.telemetry import TokenStatistics, sums_over_tokens, terms_from_sums
 from tests.models import LayerModel, randomise, tiny_adapter, token_ids
 
 D, R = 6, 4
@@ -170,17 +170,17 @@ def test_r2_is_one_less_the_missed_share_of_the_scatter(error):
     assert collected_terms(model, x)["r2"].item() == pytest.approx(1 - error, abs=1e-3)
 
 
-@pytest.mark.parametrize("num_tokens", [2048, 2049, 5000, 20_000])
+@pytest.mark.parametrize("num_tokens", [512, 513, 5000, 20_000])
 def test_r2_of_many_tokens_is_measured_on_some(num_tokens):
     model, x = adapted(), inputs(1, num_tokens)
     mask = (torch.rand(1, num_tokens, generator=torch.Generator().manual_seed(3)) < 0.7).long()
     expected = direct_terms(model, x, mask)
     x[mask == 0] *= 1000
-    # The relative standard error of a scatter over n tokens and D independent features is sqrt(2 / (n D)), here 1.5 %.
+    # The relative standard error of a scatter over n tokens and D independent features is sqrt(2 / (n D)), here 2.6 %.
     terms = collected_terms(model, x, mask)
     rest = {name for name in terms if name != "r2"}
     assert_terms({n: terms[n] for n in rest}, {n: expected[n] for n in rest}, rtol=1e-3, atol=1e-3)
-    tolerance = 1e-4 if num_tokens == 2048 else 0.05
+    tolerance = 1e-4 if num_tokens == 512 else 0.08
     assert terms["r2"].item() == pytest.approx(expected["r2"].item(), abs=tolerance)
 
 
@@ -189,16 +189,16 @@ def test_r2_counts_the_tokens_that_it_measured():
     with side_loss.collect(model) as collected:
         model(inputs(1, 5000))
     sums = collected.sums()
-    assert sums["num_tokens"].tolist() == [5000] and 1024 <= sums["r2_tokens"].item() <= 2048
+    assert sums["num_tokens"].tolist() == [5000] and 256 <= sums["r2_tokens"].item() <= 512
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_hold_at_most_2048_inputs(dtype):
+def test_statistics_hold_at_most_512_inputs(dtype):
     vae = adapted().layer.fvae_vae["default"]
-    for num_tokens in (1, 2048, 2049, 10_000):
+    for num_tokens in (1, 512, 513, 10_000):
         statistics = TokenStatistics(*vae(inputs(1, num_tokens).to(dtype), with_statistics=True)[2:])
-        assert len(statistics.x) == len(statistics.squared_error) <= 2048
-        assert statistics.x.shape[1] == D and statistics.per_token.shape == (len(PER_TOKEN), 1, num_tokens)
+        assert statistics.x.shape == statistics.xhat.shape == (min(num_tokens, 512), D)
+        assert statistics.x.dtype == dtype and statistics.nll.shape == (1, num_tokens)
 
 
 def test_r2_of_one_token_is_finite():
@@ -210,7 +210,7 @@ def test_r2_of_one_token_is_finite():
 def test_r2_does_not_depend_on_how_the_mask_falls_on_the_measured_tokens(num_tokens):
     """A periodic mask, as rows of one length and one prompt have it, may not leave the measurement without tokens."""
     model, x = adapted(), inputs(1, num_tokens)
-    every = -(-num_tokens // 2048)
+    every = -(-num_tokens // 512)
     mask = (torch.arange(num_tokens) % every > 0).long()[None]
     expected = direct_terms(model, x, mask)["r2"].item()
     assert collected_terms(model, x, mask)["r2"].item() == pytest.approx(expected, abs=0.05)
@@ -295,7 +295,8 @@ def test_r2_of_shifted_channels_sees_their_scatter():
             model(row)
         sums = add(sums, collected.sums())
     assert terms_from_sums(sums, collected.layer_configs)["r2"].item() == pytest.approx(0, abs=1e-4)
-    assert collected_terms(model, x)["r2"].item() == pytest.approx(0, abs=1e-4)
+    # Here it is measured on 512 of the tokens, whose mean is not that of all.
+    assert collected_terms(model, x)["r2"].item() == pytest.approx(0, abs=5e-3)
 
 
 def test_sums_of_uncounted_tokens_are_zero():
@@ -343,7 +344,7 @@ def test_nothing_in_the_statistics_has_a_gradient():
     statistics = TokenStatistics(*vae(x, with_statistics=True)[2:])
     assert [name for name in statistics._fields if getattr(statistics, name).requires_grad] == []
     assert all(part.dtype == torch.float32 for part in statistics)
-    sums = sums_over_tokens(statistics, torch.ones(3, 5))
+    sums = sums_over_tokens([statistics], torch.ones(3, 5))
     assert [name for name, value in sums.items() if value.requires_grad] == []
 
 
@@ -369,3 +370,40 @@ def test_terms_have_the_dtype_of_the_layers_statistics(dtype):
     with side_loss.collect(model) as collected:
         model(inputs(3, 5).to(dtype))
     assert {value.dtype for value in collected.terms.values()} == {dtype}
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_sums_do_not_depend_on_what_is_added_up_together(limit, monkeypatch):
+    """Layers of other widths and ranks between them, a layer that runs twice, masks of their own for each forward."""
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            settings = {"encoder_dropout": 0.0, "decoder_dropout": 0.0}
+            layers = [FVAELinear(nn.Linear(D, D), "default", tiny_adapter(**settings, r=r)) for r in (4, 2, 4)]
+            layers.append(FVAELinear(nn.Linear(9, 5), "default", tiny_adapter(**settings)))
+            self.layers = nn.ModuleList(randomise(layer) for layer in layers)
+
+        def forward(self, x, attention_mask=None):
+            for layer in (*self.layers[:3], self.layers[0]):
+                x = layer(x)
+            return self.layers[3](torch.cat([x, x[..., :3]], dim=-1))
+
+    model = Several().train()
+    monkeypatch.setattr(side_loss, "PENDING_BYTES", 0)
+    expected: dict = {}
+    for part, mask in zip((inputs(3, 5), inputs(3, 5, seed=1)), (MASK, 1 - MASK)):
+        torch.manual_seed(2)
+        with side_loss.collect(model, token_mask=mask) as collected:
+            model(part)
+        expected = add(expected, collected.sums())
+    monkeypatch.setattr(side_loss, "PENDING_BYTES", limit)
+    with side_loss.collect(model) as collected:
+        for part, mask in zip((inputs(3, 5), inputs(3, 5, seed=1)), (MASK, 1 - MASK)):
+            torch.manual_seed(2)
+            model(part, attention_mask=mask)
+    found = collected.sums()
+    assert found.keys() == expected.keys() and found["num_tokens"].tolist() == [30, 15, 15, 15]
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
