@@ -48,7 +48,7 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "fvae_" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
 
 
