@@ -72,7 +72,9 @@ class FVAELoraConfig(PeftConfig):
         "mean", "How the layers' negative ELBOs are combined (the reference: mean; the paper: sum)."
     )
     detach_input: bool = _field(False, "Stop the side loss's gradient into the layer's input.")
-    kernel: Literal["auto", "torch", "fused"] = _field("auto", "Implementation of the adapter's operations.")
+    kernel: Literal["auto", "torch", "fused"] = _field(
+        "auto", "torch, fused (Triton, on a GPU), or fused where it can be."
+    )
     inference_only: bool = _field(False, "Encoder 1 and B alone, as saved for use without training.")
 
     def __post_init__(self):
@@ -124,8 +126,6 @@ class FVAELoraConfig(PeftConfig):
         for name in ("encoder_shared_trunk", "detach_input", "inference_only"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.kernel == "fused":
-            raise ValueError("kernel 'fused' is not available in this version; use 'auto' or 'torch'")
 
     def _check_numbers(self) -> None:
         for name in ("encoder_dropout", "decoder_dropout"):

@@ -42,6 +42,15 @@ class UpProjection(Fp32Module, CastLinear):
         super().__init__(r, out_features, bias=False)
         nn.init.normal_(self.weight, std=0.02)
 
+    def forward(self, z1: Tensor, scaling: float, base: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """scaling * B z1, (..., r) -> (..., out_features), in z1's dtype; added to `base` where one is given."""
+        if base is None or base.dtype != z1.dtype:
+            update = super().forward(z1) * scaling
+            return update if base is None else base + update.to(base.dtype)
+        # One pass over the output.
+        weight, rows = self.weight.to(z1.dtype).t(), z1.reshape(-1, z1.shape[-1])
+        return torch.addmm(base.reshape(len(rows), -1), rows, weight, alpha=scaling).view(base.shape)
+
 
 class FVAELinear(nn.Module, BaseTunerLayer):
     """A frozen base layer and its FVAE-LoRA adapters.
@@ -121,7 +130,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
             return self._add_mixed_updates(result, x, adapter_names)
         for name in self.active_adapters:
             if name in self.fvae_lora_B:
-                result = result + self._update(name, x).to(result.dtype)
+                result = self._update(name, x, result)
         return result
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
@@ -143,8 +152,8 @@ class FVAELinear(nn.Module, BaseTunerLayer):
                 result = result.index_add(0, samples, self._update(name, x[samples]).to(result.dtype))
         return result
 
-    def _update(self, name: str, x: Tensor) -> Tensor:
-        """scale * B z1 of one adapter, (..., D) -> (..., O), in the compute dtype."""
+    def _update(self, name: str, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """scale * B z1 of one adapter, (..., D) -> (..., O), in the compute dtype; added to `base` if there is one."""
         vae: Any = self.fvae_vae[name]
         lora_B: Any = self.fvae_lora_B[name]
         device_type = x.device.type
@@ -160,7 +169,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
                 run.report(z1, *rest)
             else:
                 (z1,) = vae(x.to(dtype))
-            return lora_B(z1.to(dtype)) * self.scaling[name]
+            return lora_B(z1.to(dtype), self.scaling[name], base)
 
     # ---------------------------------------------------------------------------------------------------------- merging
 

@@ -19,7 +19,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -51,6 +51,10 @@ class GeneratorNoise:
         ]
         return Draws(torch.randn_like(like), torch.randn_like(like), keeps)
 
+    def stream(self, num_tokens: int, device: torch.device) -> LayerNoise:
+        """A stream begun at random by the CPU's generator, for kernels that compute their noise themselves."""
+        return LayerNoise(_numbers(num_tokens, device), draw_ticket())
+
 
 class LayerNoise:
     """The counter-based stream of one layer in one forward."""
@@ -72,6 +76,9 @@ class LayerNoise:
             for decision, (width, p) in zip(decisions, dropouts, strict=True)
         ]
         return Draws((radius * angle.cos()).view(like.shape), (radius * angle.sin()).view(like.shape), keeps)
+
+    def stream(self, num_tokens: int, device: torch.device) -> LayerNoise:
+        return self
 
     def _words(self, device: torch.device, count: int) -> Tensor:
         """(T, count) int64, all bits random."""
@@ -227,6 +234,11 @@ def _mix(words: Tensor) -> Tensor:
         words *= factor
     words ^= (words >> 31) & (2**33 - 1)
     return words
+
+
+@lru_cache(maxsize=4)
+def _numbers(num_tokens: int, device: torch.device) -> Tensor:
+    return _mix(torch.arange(1, num_tokens + 1, device=device) * _GOLDEN)
 
 
 def _halves(words: Tensor) -> tuple[Tensor, Tensor]:

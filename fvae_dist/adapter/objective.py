@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.kernels.fused_vae import Coefficients
 
 LOG_2PI = math.log(2 * math.pi)
 LOGVAR_LIMIT = 20.0
@@ -101,6 +102,21 @@ def factorization(z1_sq: Tensor, z2_sq: Tensor, config: FVAELoraConfig) -> Tenso
     """
     std = config.z2_prior_std
     return config.r * (0.5 * z1_sq - 0.5 * z2_sq / std**2 - math.log(std))
+
+
+def coefficients(config: FVAELoraConfig) -> Coefficients:
+    """`neg_elbo` as a linear function: kernels that compute the terms combine them by these."""
+    c = config
+    if c.objective == "vae2lat":
+        return Coefficients(1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+    if c.objective == "beta_vae2lat":
+        return Coefficients(c.reconstruction_weight, c.kl_weight, c.kl_weight, 0.0, 0.0, 0.0)
+    if c.objective == "paper":
+        per_square = 0.5 * c.factorization_weight * c.r
+        constant = c.factorization_weight * c.r * math.log(c.z2_prior_std)
+        weights = (-per_square, per_square / c.z2_prior_std**2, constant)
+        return Coefficients(c.reconstruction_weight, c.kl_weight, 0.0, *weights)
+    return Coefficients(c.reconstruction_weight, c.kl_weight, 0.0, -c.z1_weight, c.z2_weight, 0.0)
 
 
 def neg_elbo(terms: TokenTerms, config: FVAELoraConfig) -> Tensor:

@@ -28,7 +28,7 @@ PER_TOKEN = (*_GIVEN, "wasserstein", "clamped")
 
 class TokenStatistics(NamedTuple):
     """Of one layer's forward, detached, fp32 (float64): terms per token (...); means and clamped log-variances of q1
-    and q2 (..., R); for the tokens of `r2_sample` x and its reconstruction (S, D), as the layer computes."""
+    and q2 (..., R); for the tokens of `r2_sample` x as it is (S, D) and the squared error of its reconstruction (S)."""
 
     nll: Tensor
     kl_z1: Tensor
@@ -40,7 +40,7 @@ class TokenStatistics(NamedTuple):
     mean2: Tensor
     logvar2: Tensor
     x: Tensor
-    xhat: Tensor
+    squared_error: Tensor
 
     @property
     def num_bytes(self) -> int:
@@ -54,8 +54,9 @@ def token_statistics(
     """q1, q2: mean and clamped log-variance, (..., R); x, xhat: input and its reconstruction, (..., D)."""
     given = (terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, *q1, *q2)
     sample = r2_sample(neg_elbo.numel(), x.device)
-    sampled = (part.reshape(-1, part.shape[-1])[sample] for part in (x, xhat))
-    return TokenStatistics(*(tensor.detach() for tensor in (*given, *sampled)))
+    x, xhat = (part.detach().reshape(-1, part.shape[-1])[sample] for part in (x, xhat))
+    squared_error = (wide(x) - wide(xhat)).square().sum(-1)
+    return TokenStatistics(*(tensor.detach() for tensor in (*given, x, squared_error)))
 
 
 @lru_cache(maxsize=8)
@@ -98,11 +99,11 @@ def sums_over_tokens(statistics: Sequence[TokenStatistics], mask: Tensor) -> dic
         sums[f"{key}_sq"] = weights.double() @ mean.square()
     weights = weights[r2_sample(len(weights), weights.device)]
     measured = weights.sum().double()
-    x, xhat = (wide(torch.stack([getattr(of, key) for of in statistics])) for key in ("x", "xhat"))
+    x = wide(torch.stack([of.x for of in statistics]))
     mean = (weights @ x).double() / measured.clamp(min=1)
     within = (x - mean.to(x.dtype)[:, None]).square().sum(-1)
     sums["r2_tokens"] = measured.expand(count)
-    sums["x_error"] = ((x - xhat).square().sum(-1) @ weights).double()
+    sums["x_error"] = (torch.stack([of.squared_error for of in statistics]) @ weights).double()
     sums["x_within"] = (within @ weights).double()
     sums["x_mean"] = measured * mean
     sums["x_mean_sq"] = measured * mean.square().sum(-1)

@@ -8,8 +8,11 @@ need.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,19 @@ from torch import Tensor, nn
 
 from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.adapter.noise import GENERATOR, GeneratorNoise, LayerNoise
-from fvae_dist.adapter.objective import LOGVAR_LIMIT, diag_gaussian_nll, neg_elbo, token_terms, wide, wide_dtype
-from fvae_dist.adapter.telemetry import token_statistics
+from fvae_dist.adapter.objective import (
+    LOGVAR_LIMIT,
+    coefficients,
+    diag_gaussian_nll,
+    neg_elbo,
+    token_terms,
+    wide,
+    wide_dtype,
+)
+from fvae_dist.adapter.telemetry import r2_sample, token_statistics
+from fvae_dist.kernels.fused_vae import Parameters, Spec, fused_vae, problem
+
+logger = logging.getLogger(__name__)
 
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -174,6 +188,37 @@ def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     return mean + (0.5 * logvar).exp() * eps
 
 
+@lru_cache
+def _log_choice(reason: str | None) -> None:
+    if reason:
+        logger.warning("adapter kernel: torch, because %s", reason)
+    else:
+        logger.info("adapter kernel: fused (Triton)")
+
+
+def _fused_spec(config: FVAELoraConfig) -> tuple[Spec, str | None]:
+    """What the fused kernels need to know, and why they cannot compute an adapter of this kind (None: they can)."""
+    spec = Spec(
+        r=config.r,
+        encoder_hidden=config.encoder_hidden,
+        encoder_dropout=config.encoder_dropout,
+        decoder_hidden=config.decoder_hidden,
+        decoder_layers=config.decoder_layers,
+        decoder_dropout=config.decoder_dropout,
+        concat=config.latent_fusion == "concat",
+        prior_mean=config.z2_prior_mean,
+        prior_std=config.z2_prior_std,
+        coefficients=coefficients(config),
+    )
+    if config.encoder_layers != 1:
+        return spec, f"encoder_layers {config.encoder_layers} is not 1"
+    if not config.encoder_shared_trunk:
+        return spec, "encoder_shared_trunk is off"
+    if config.detach_input:
+        return spec, "detach_input is on"
+    return spec, None
+
+
 class FactorizedVAE(Fp32Module):
     """Encoders, sampling and decoder of one adapted layer; encoder 1 alone where `config.inference_only`."""
 
@@ -181,6 +226,7 @@ class FactorizedVAE(Fp32Module):
         super().__init__()
         self.config = config
         self.encoder1 = Encoder(in_features, config)
+        self.fused_spec, self.fused_problem = _fused_spec(config)
         if not config.inference_only:
             self.encoder2 = Encoder(in_features, config)
             self.decoder = Decoder(in_features, config)
@@ -209,6 +255,8 @@ class FactorizedVAE(Fp32Module):
                 "this adapter was saved with inference_only=True: encoder 2 and decoder are missing, so it cannot be "
                 "trained. Train from the full adapter, or call model.eval() to use this one."
             )
+        if self._is_fused(x):
+            return self._fused_forward(x, noise, with_statistics)
         draws, keeps1, keeps2, keeps_decoder = self._draw(x, noise)
         q1 = self.encoder1(x, keeps1)
         z1 = z1_side = sample(q1[0], q1[1], draws.eps1)
@@ -225,6 +273,48 @@ class FactorizedVAE(Fp32Module):
         if not with_statistics:
             return z1, loss
         return z1, loss, *token_statistics(terms, loss, q1, q2, x, xhat)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether the kernels compute this forward; the choice is logged once."""
+        choice = self.config.kernel
+        if choice == "torch" or (choice == "auto" and not x.is_cuda):
+            return False
+        reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
+        if reason is None and not self.encoder1.mean.weight.numel():
+            reason = "ZeRO-3 gathers the adapter's weights one by one; FVAETrainerMixin makes each adapter one unit"
+        if reason and choice == "fused":
+            raise ValueError(f"kernel 'fused' cannot be used: {reason}; use 'auto' or 'torch'")
+        _log_choice(reason)
+        return reason is None
+
+    def _fused_forward(self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool):
+        rows = x.reshape(-1, x.shape[-1])
+        stream = noise.stream(len(rows), x.device)
+        out = fused_vae(
+            rows, stream.keys.to(x.device), stream.salt, self._fused_parameters(), self.fused_spec, with_statistics
+        )
+        leading = x.shape[:-1]
+        z1, loss = out.z1.view(*leading, self.config.r), out.loss.view(leading)
+        if not with_statistics:
+            return z1, loss
+        sample = r2_sample(len(rows), x.device)
+        terms = (out.terms[i].view(leading) for i in (1, 2, 3, 4, 0))
+        mean1, logvar1, mean2, logvar2 = out.posterior.view(*leading, 4, self.config.r).unbind(-2)
+        posterior = (
+            mean1,
+            logvar1.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT),
+            mean2,
+            logvar2.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT),
+        )
+        return z1, loss, *terms, *posterior, rows.detach()[sample], out.squared_error[sample]
+
+    def _fused_parameters(self) -> Parameters:
+        trunks: list[Any] = [encoder.trunk.linears[0] for encoder in (self.encoder1, self.encoder2)]
+        heads = [head for encoder in (self.encoder1, self.encoder2) for head in (encoder.mean, encoder.logvar)]
+        inner = (parameter for linear in (*heads, *self.decoder.layers.linears) for parameter in linear.parameters())
+        output = self.decoder.output
+        small = (*(trunk.bias for trunk in trunks), *inner)
+        return Parameters(trunks[0].weight, trunks[1].weight, output.weight, output.bias, self.decoder.scale, small)
 
     def _draw(self, x: Tensor, noise: GeneratorNoise | LayerNoise):
         """All randomness at once: the noise of the latents, and what each dropout of the three networks keeps."""
