@@ -119,73 +119,133 @@ def fused_vae(
 class _FusedVAE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, with_statistics, salt, x, keys, trunk1, trunk2, out_weight, out_bias, scale, *small):  # type: ignore[override]
-        x, keys = x.contiguous(), keys.contiguous()
-        num_tokens, features = x.shape
-        flat = torch.cat([parameter.reshape(-1) for parameter in small])
-        narrow_weight = out_weight.to(x.dtype)
+        x, keys, kernels = x.contiguous(), keys.contiguous(), _kernels()
+        (num_tokens, features), constants, c = x.shape, _constants(spec, x.dtype), spec.coefficients
         wide = partial(x.new_empty, dtype=torch.float32)
         z1, z2, terms = wide((num_tokens, spec.r)), wide((num_tokens, spec.r)), wide((5, num_tokens))
         encoded, posterior = wide((num_tokens, 2 * spec.encoder_hidden)), wide((num_tokens, 4, spec.r))
         decoded = x.new_empty((spec.decoder_layers, num_tokens, spec.decoder_hidden))
-        squared_error = wide(num_tokens if with_statistics else 0)
-        c, constants, tiles = spec.coefficients, _constants(spec, x.dtype), _tiles("forward", spec, x)
+        flat = torch.cat([parameter.reshape(-1) for parameter in small])
         with _on(x):
-            _kernels().forward_kernel[(_cdiv(num_tokens, tiles["BT"]),)](
-                x, keys, trunk1, trunk2, flat, narrow_weight, out_bias, scale, z1, z2, terms, encoded, posterior,
-                decoded, squared_error, num_tokens, features, salt, *c, spec.prior_mean, spec.prior_std,
-                STATS=with_statistics, NARROW=x.dtype != torch.float32, **constants, **tiles,
+            trunks, narrow_weight = _pack(spec, x, trunk1, trunk2, out_weight)
+            tiles, grid, chunk = _over_features("encode", x)
+            products = wide((grid[1], *encoded.shape))
+            kernels.encode_kernel[grid](
+                x,
+                trunks,
+                products,
+                num_tokens,
+                features,
+                chunk,
+                PARTS=len(trunks),
+                **_only(constants, "H2 HB2"),
+                **tiles,
+            )
+            tiles = _tiles("latents", x)
+            kernels.latents_kernel[(_cdiv(num_tokens, tiles["BT"]),)](
+                products, keys, flat, z1, z2, terms, encoded, posterior, decoded, num_tokens, salt, *c[1:],
+                spec.prior_mean, spec.prior_std, CHUNKS=grid[1], **_only(constants, _LATENTS), **tiles,
             )  # fmt: skip
+            tiles, grid, chunk = _over_features("likelihood", x)
+            nll = wide((grid[1], 2, num_tokens) if with_statistics else (grid[1], num_tokens))
+            kernels.likelihood_kernel[grid](
+                x, narrow_weight, out_bias, scale, decoded[-1], nll, num_tokens, features, chunk, STATS=with_statistics,
+                **_only(constants, "W WB"), **tiles,
+            )  # fmt: skip
+        nll = _total(nll)
+        squared_error = x.new_empty(0)
+        if with_statistics:
+            nll, squared_error = nll.unbind(0)
+        loss = torch.add(terms[0], nll, alpha=c.nll)
+        if with_statistics:
+            terms[0], terms[1] = loss, nll
         ctx.spec, ctx.shapes = spec, [parameter.shape for parameter in small]
-        ctx.save_for_backward(
-            x, trunk1, trunk2, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded
-        )
+        ctx.save_for_backward(x, trunks, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded)
         ctx.mark_non_differentiable(terms, posterior, squared_error)
-        return z1, terms[0].clone(), terms, posterior, squared_error
+        return z1, loss, terms, posterior, squared_error
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z1, d_loss, *_):  # type: ignore[override]
-        x, trunk1, trunk2, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded = ctx.saved_tensors
-        spec, (num_tokens, features) = ctx.spec, x.shape
+        x, trunks, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded = ctx.saved_tensors
+        spec, (num_tokens, features), kernels = ctx.spec, x.shape, _kernels()
         hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
-        d_z1, d_loss, need_dx = d_z1.contiguous(), d_loss.contiguous(), ctx.needs_input_grad[3]
-        d_x = torch.empty_like(x) if need_dx else x.new_empty(0)
+        constants, c, wide = _constants(spec, x.dtype), spec.coefficients, partial(x.new_empty, dtype=torch.float32)
+        d_z1, d_loss = d_z1.contiguous(), d_loss.contiguous()
         d_decoded, d_encoded = torch.empty_like(decoded), x.new_empty((num_tokens, 2 * hidden))
-        c, constants, tiles = spec.coefficients, _constants(spec, x.dtype), _tiles("tokens", spec, x)
-        wide = partial(x.new_empty, dtype=torch.float32)
-        blocks = _cdiv(num_tokens, tiles["BT"])
-        of_tokens = wide((min(blocks, 2 * _processors(x)), spec.num_outer))
-        chunks = _chunks("inner", spec, x)
-        of_inner = wide((chunks, (depth - 1) * width * (width + 1)))
-        splits = _chunks("features", spec, x)
-        of_features = wide((splits, features * (width + 2 + 2 * hidden)))
+        output, sizes = (narrow_weight, out_bias, scale, decoded[-1]), (num_tokens, features)
+        d_x = None
         with _on(x):
-            _kernels().backward_tokens_kernel[(len(of_tokens),)](
-                x, trunk1, trunk2, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded, d_loss,
-                d_z1, d_x, d_decoded, d_encoded, of_tokens, num_tokens, features, blocks, *c[:5],
-                spec.prior_mean, spec.prior_std, NEED_DX=need_dx,
-                **_only(constants, "R RB H HB W WB DEPTH CONCAT ENCODER_P DECODER_P PRECISION INTERPRETED"), **tiles,
+            tiles, grid, chunk = _over_features("backward_likelihood", x)
+            d_last = wide((grid[1], num_tokens, width))
+            kernels.backward_likelihood_kernel[grid](
+                x, *output, d_loss, d_last, *sizes, chunk, c.nll, **_only(constants, "W WB"), **tiles
+            )
+            tiles = _tiles("backward_latents", x)
+            blocks = _cdiv(num_tokens, tiles["BT"])
+            of_tokens = wide((min(blocks, 2 * _processors(x)), spec.num_outer))
+            kernels.backward_latents_kernel[(len(of_tokens),)](
+                d_last, flat, z1, z2, encoded, posterior, decoded, d_loss, d_z1, d_decoded, d_encoded, of_tokens,
+                num_tokens, blocks, *c[1:5], spec.prior_mean, spec.prior_std, CHUNKS=grid[1],
+                **_only(constants, _BACKWARD_LATENTS), **tiles,
             )  # fmt: skip
-            if depth > 1:
-                _kernels().backward_inner_kernel[(depth - 1, chunks)](
-                    decoded, d_decoded, of_inner, num_tokens, _cdiv(num_tokens, chunks),
-                    **_only(constants, "W WB DEPTH PRECISION INTERPRETED"), **_tiles("inner", spec, x),
-                )  # fmt: skip
-            tiles = _tiles("features", spec, x)
-            _kernels().backward_features_kernel[(_cdiv(features, tiles["BD"]), splits)](
-                x, narrow_weight, out_bias, scale, decoded[-1], d_encoded, d_loss, of_features, num_tokens, features,
-                c.nll, _cdiv(num_tokens, splits), **_only(constants, "H HB W WB PRECISION INTERPRETED"), **tiles,
+            if ctx.needs_input_grad[3]:
+                d_x, tiles = torch.empty_like(x), _tiles("backward_input", x)
+                kernels.backward_input_kernel[(_cdiv(features, tiles["BD"]), _cdiv(num_tokens, tiles["BT"]))](
+                    x,
+                    trunks,
+                    *output,
+                    d_encoded,
+                    d_loss,
+                    d_x,
+                    *sizes,
+                    c.nll,
+                    **_only(constants, "H2 HB2 W WB"),
+                    **tiles,
+                )
+            of_inner = _inner_gradients(spec, constants, x, decoded, d_decoded) if depth > 1 else None
+            tiles = _tiles("backward_features", x)
+            chunks = _token_chunks(x, _cdiv(features, tiles["BD"]), tiles["BT"])
+            of_features = wide((chunks, features * (width + 2 + 2 * hidden)))
+            kernels.backward_features_kernel[(_cdiv(features, tiles["BD"]), chunks)](
+                x, *output, d_encoded, d_loss, of_features, *sizes, c.nll, _cdiv(num_tokens, chunks),
+                **_only(constants, "H2 HB2 W WB"), **tiles,
             )  # fmt: skip
-        sizes = [shape.numel() for shape in ctx.shapes]
-        outer = len(sizes) - 2 * (depth - 1)
-        small = (*_total(of_tokens).split(sizes[:outer]), *(_total(of_inner).split(sizes[outer:]) if depth > 1 else ()))
+        numbers = [shape.numel() for shape in ctx.shapes]
+        outer = len(numbers) - 2 * (depth - 1)
+        small = _total(of_tokens).split(numbers[:outer])
+        if of_inner is not None:
+            small += _total(of_inner).split(numbers[outer:])
         d_weight, d_bias, d_scale, d_trunk1, d_trunk2 = _total(of_features).split(
             [features * width, features, features, hidden * features, hidden * features]
         )
-        trunks = (d_trunk1.view(hidden, features), d_trunk2.view(hidden, features))
-        large = (*trunks, d_weight.view(features, width), d_bias, d_scale)
-        small = tuple(part.view(shape) for part, shape in zip(small, ctx.shapes, strict=True))
-        return None, None, None, d_x if need_dx else None, None, *large, *small
+        of_trunks = (d_trunk1.view(hidden, features), d_trunk2.view(hidden, features))
+        large = (*of_trunks, d_weight.view(features, width), d_bias, d_scale)
+        return None, None, None, d_x, None, *large, *(part.view(s) for part, s in zip(small, ctx.shapes, strict=True))
+
+
+def _pack(spec: Spec, x: Tensor, trunk1: Tensor, trunk2: Tensor, out_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Trunks (parts, 2H, D) and output weight (D, W) in x's dtype."""
+    if x.dtype == torch.float32:
+        return torch.cat([trunk1, trunk2])[None], out_weight.contiguous()
+    trunks, narrow = x.new_empty((2, 2 * len(trunk1), x.shape[1])), x.new_empty(out_weight.shape)
+    block = 1024
+    _kernels().pack_kernel[(_cdiv(max(trunks[0].numel(), narrow.numel()), block),)](
+        trunk1.contiguous(), trunk2.contiguous(), out_weight.contiguous(), trunks, narrow, x.shape[1],
+        H=spec.encoder_hidden, W=spec.decoder_hidden, INTERPRETED=_kernels().INTERPRETED, BLOCK=block,
+    )  # fmt: skip
+    return trunks, narrow
+
+
+def _inner_gradients(spec: Spec, constants: dict[str, Any], x: Tensor, decoded: Tensor, d_decoded: Tensor) -> Tensor:
+    """Of the decoder's inner layers, a row of weights and biases for each chunk of tokens."""
+    tiles, width, inner = _tiles("backward_inner", x), spec.decoder_hidden, spec.decoder_layers - 1
+    chunks = _token_chunks(x, inner, tiles["BT"])
+    sums = x.new_empty((chunks, inner * width * (width + 1)), dtype=torch.float32)
+    _kernels().backward_inner_kernel[(inner, chunks)](
+        decoded, d_decoded, sums, len(x), _cdiv(len(x), chunks), **_only(constants, "W WB DEPTH"), **tiles
+    )
+    return sums
 
 
 def _total(partial_sums: Tensor) -> Tensor:
@@ -225,8 +285,13 @@ def _processors(x: Tensor) -> int:
     return _num_processors(x.device.index) if x.is_cuda else 2
 
 
+_ALWAYS = "PRECISION INTERPRETED"
+_BACKWARD_LATENTS = "R RB H HB W WB DEPTH CONCAT ENCODER_P DECODER_P"
+_LATENTS = f"{_BACKWARD_LATENTS} WORDS ENCODER_THRESHOLD DECODER_FIRST DECODER_THRESHOLD HEAD_PRECISION"
+
+
 def _only(constants: dict[str, Any], names: str) -> dict[str, Any]:
-    return {name: constants[name] for name in names.split()}
+    return {name: constants[name] for name in (*names.split(), *_ALWAYS.split())}
 
 
 @lru_cache
@@ -239,6 +304,8 @@ def _constants(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
         "RB": _padded(spec.r),
         "H": spec.encoder_hidden,
         "HB": _padded(spec.encoder_hidden),
+        "H2": 2 * spec.encoder_hidden,
+        "HB2": _padded(2 * spec.encoder_hidden),
         "W": spec.decoder_hidden,
         "WB": _padded(spec.decoder_hidden),
         "DEPTH": spec.decoder_layers,
@@ -256,26 +323,47 @@ def _constants(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _tiles(kernel: str, spec: Spec, x: Tensor) -> dict[str, int]:
-    """Tokens and features of a tile: as many tokens as leave every processor a program."""
-    if not x.is_cuda:
-        return {"BT": 16} if kernel == "inner" else {"BT": 16, "BD": 32}
-    narrow = x.dtype != torch.float32
-    if kernel == "inner":
-        return {"BT": 64 if narrow else 32, "num_warps": 4, "num_stages": 3}
-    if kernel == "features":
-        return {"BT": 64 if narrow else 32, "BD": 32, "num_warps": 4, "num_stages": 3}
-    tokens, most = 16, 64 if narrow and spec.r <= 32 else 32 if narrow else 16
-    while tokens < most and len(x) >= tokens * _processors(x):
-        tokens *= 2
-    return {"BT": tokens, "BD": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if kernel == "forward" else 2}
+# Tokens and features of a tile, warps, pipeline stages.
+_NARROW_TILES = {
+    "encode": (64, 128, 4, 3),
+    "latents": (32, 0, 4, 1),
+    "likelihood": (64, 64, 4, 3),
+    "backward_likelihood": (64, 64, 4, 3),
+    "backward_latents": (32, 0, 4, 1),
+    "backward_input": (128, 64, 4, 1),
+    "backward_inner": (64, 0, 4, 3),
+    "backward_features": (128, 32, 4, 2),
+}
+_EXACT_TILES = {
+    "encode": (32, 32, 4, 2),
+    "latents": (16, 0, 4, 1),
+    "likelihood": (32, 32, 4, 2),
+    "backward_likelihood": (32, 32, 4, 2),
+    "backward_latents": (16, 0, 4, 1),
+    "backward_input": (32, 32, 4, 1),
+    "backward_inner": (32, 0, 4, 2),
+    "backward_features": (32, 32, 4, 2),
+}
+_INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _EXACT_TILES.items()}
 
 
-def _chunks(kernel: str, spec: Spec, x: Tensor) -> int:
+def _tiles(kernel: str, x: Tensor) -> dict[str, int]:
+    table = _INTERPRETED_TILES if not x.is_cuda else _EXACT_TILES if x.dtype == torch.float32 else _NARROW_TILES
+    tokens, features, warps, stages = table[kernel]
+    return {"BT": tokens, **({"BD": features} if features else {}), "num_warps": warps, "num_stages": stages}
+
+
+def _over_features(kernel: str, x: Tensor) -> tuple[dict[str, int], tuple[int, int], int]:
+    """Tiles, grid (blocks of tokens, chunks of features), features of a chunk: enough programs for all processors."""
+    tiles = _tiles(kernel, x)
+    blocks, steps = _cdiv(len(x), tiles["BT"]), _cdiv(x.shape[1], tiles["BD"])
+    chunks = 1
+    while chunks < min(8, steps) and blocks * chunks < 3 * _processors(x):
+        chunks *= 2
+    chunk = _cdiv(steps, chunks) * tiles["BD"]
+    return tiles, (blocks, _cdiv(x.shape[1], chunk)), chunk
+
+
+def _token_chunks(x: Tensor, programs: int, tile: int) -> int:
     """Into how many chunks the tokens are split so that every processor has a program."""
-    tiles = _tiles(kernel, spec, x)
-    if kernel == "inner":
-        programs = _cdiv(_processors(x), max(spec.decoder_layers - 1, 1))
-    else:
-        programs = max(1, _processors(x) // _cdiv(x.shape[1], tiles["BD"]))
-    return min(programs, _cdiv(len(x), tiles["BT"]))
+    return min(max(1, _processors(x) // programs), _cdiv(len(x), tile))

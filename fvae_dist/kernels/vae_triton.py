@@ -1,8 +1,10 @@
-"""The VAE of one adapted layer as four Triton kernels: forward; backward over tokens, inner layers, features.
+"""The VAE of one adapted layer in Triton kernels that each do one thing, with enough programs to fill a GPU.
 
-A program of the first two owns a few tokens and walks over D twice; one of the last two owns a layer or a few features
-and walks over the tokens. Nothing of shape (T, D) is written but the gradient to x: the reconstruction is recomputed
-tile by tile.
+Forward: pack the weights in 16 bit; x times both trunks (encode); heads, sampling, KL and the decoder's hidden layers
+(latents); the decoder's likelihood. Backward: the same in reverse, then the gradients to x and to the parameters.
+Nothing of shape (T, D) is written but the gradient to x: the reconstruction is recomputed tile by tile. Sums over D are
+split into chunks, whose partial sums the next kernel adds up.
+
 Everything random is a function of (token key, salt, counter), as `fvae_dist.adapter.noise` defines it.
 
 The small parameters come in one vector (`small`): biases of both trunks (H each); for each encoder the heads of mean
@@ -142,65 +144,89 @@ def _clamp(logvar):
 
 @triton.jit
 def _output(weight_ptr, bias_ptr, scale_ptr, features, is_feature, units, W: tl.constexpr):
-    """Of some features the output weight (BD, WB), bias (1, BD) and scale (1, BD); beyond D: 0, 0 and 1."""
+    """Of some features the output weight (BD, WB), bias (BD) and scale (BD); beyond D: 0, 0 and 1."""
     is_weight = is_feature[:, None] & (units < W)[None, :]
     weight = tl.load(weight_ptr + features[:, None] * W + units[None, :], mask=is_weight, other=0.0)
     bias = tl.load(bias_ptr + features, mask=is_feature, other=0.0)
     scale = tl.load(scale_ptr + features, mask=is_feature, other=1.0)
-    return weight, bias[None, :], tl.where(is_feature, tl.abs(scale) + _EPSILON, 1.0)[None, :]
+    return weight, bias, tl.where(is_feature, tl.abs(scale) + _EPSILON, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit(do_not_specialize=["salt"])
-def forward_kernel(
-    x_ptr, keys_ptr, weight1_ptr, weight2_ptr, small, out_weight_ptr, out_bias_ptr, scale_ptr,
-    z1_ptr, z2_ptr, terms_ptr, encoded_ptr, posterior_ptr, decoded_ptr, error_ptr,
-    T, D, salt, c_nll, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
-    R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
-    DEPTH: tl.constexpr, CONCAT: tl.constexpr, WORDS: tl.constexpr, ENCODER_THRESHOLD: tl.constexpr,
-    ENCODER_P: tl.constexpr, DECODER_FIRST: tl.constexpr, DECODER_THRESHOLD: tl.constexpr, DECODER_P: tl.constexpr,
-    STATS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, HEAD_PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+@triton.jit
+def pack_kernel(
+    weight1_ptr, weight2_ptr, out_weight_ptr, trunks_ptr, narrow_ptr, D, H: tl.constexpr, W: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z1, z2 (T, R); terms (5, T): loss, nll, kl_z1, z1_sq, z2_sq; encoded (T, 2H), the trunks' hidden units; posterior
-    (T, 4, R): mean and log-variance before its clamp, of both encoders; decoded (DEPTH, T, W), the decoder's hidden
-    units in x's dtype; with STATS error (T), the squared error of x's reconstruction."""
-    ELEMENT: tl.constexpr = x_ptr.dtype.element_ty
+    """trunks (2, 2H, D): both trunks' weights in two parts of 16 bit, as exact as a 16-bit x allows; narrow (D, W): the
+    output weight in 16 bit."""
+    ELEMENT: tl.constexpr = trunks_ptr.dtype.element_ty
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_first = index < H * D
+    weight = tl.load(weight1_ptr + index, mask=is_first, other=0.0)
+    weight += tl.load(weight2_ptr + index - H * D, mask=(index >= H * D) & (index < 2 * H * D), other=0.0)
+    high = _cast(weight, ELEMENT, INTERPRETED)
+    tl.store(trunks_ptr + index, high, mask=index < 2 * H * D)
+    low = _cast(weight - high.to(tl.float32), ELEMENT, INTERPRETED)
+    tl.store(trunks_ptr + 2 * H * D + index, low, mask=index < 2 * H * D)
+    out_weight = tl.load(out_weight_ptr + index, mask=index < D * W, other=0.0)
+    tl.store(narrow_ptr + index, _cast(out_weight, ELEMENT, INTERPRETED), mask=index < D * W)
+
+
+@triton.jit(do_not_specialize=["T"])
+def encode_kernel(
+    x_ptr, trunks_ptr, partial_ptr, T, D, chunk, H2: tl.constexpr, HB2: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """x @ trunks.T over `chunk` features: partial (chunks, T, 2H)."""
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     is_token = rows < T
     x_rows = x_ptr + rows[:, None].to(tl.int64) * D
-    hidden_units = tl.arange(0, HB)
-    hidden1 = tl.zeros((BT, HB), tl.float32)
-    hidden2 = tl.zeros((BT, HB), tl.float32)
-    for start in range(0, D, BD):
+    units = tl.arange(0, HB2)
+    first = tl.program_id(1) * chunk
+    total = tl.zeros((BT, HB2), tl.float32)
+    for start in range(first, tl.minimum(first + chunk, D), BD):
         features = start + tl.arange(0, BD)
         is_feature = features < D
         x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
-        at = hidden_units[:, None] * D + features[None, :]
-        is_weight = (hidden_units < H)[:, None] & is_feature[None, :]
-        weight1 = tl.load(weight1_ptr + at, mask=is_weight, other=0.0)
-        weight2 = tl.load(weight2_ptr + at, mask=is_weight, other=0.0)
-        if NARROW:
-            # In two parts of 16 bit: as exact as x allows.
-            high1, high2 = _cast(weight1, ELEMENT, INTERPRETED), _cast(weight2, ELEMENT, INTERPRETED)
-            low1 = _cast(weight1 - high1.to(tl.float32), ELEMENT, INTERPRETED)
-            low2 = _cast(weight2 - high2.to(tl.float32), ELEMENT, INTERPRETED)
-            hidden1 += _dot(x, tl.trans(high1), PRECISION, INTERPRETED) + _dot(
-                x, tl.trans(low1), PRECISION, INTERPRETED
-            )
-            hidden2 += _dot(x, tl.trans(high2), PRECISION, INTERPRETED) + _dot(
-                x, tl.trans(low2), PRECISION, INTERPRETED
-            )
-        else:
-            hidden1 += _dot(x, tl.trans(weight1), PRECISION, INTERPRETED)
-            hidden2 += _dot(x, tl.trans(weight2), PRECISION, INTERPRETED)
+        for part in tl.static_range(PARTS):
+            at = (part * H2 + units)[None, :] * D + features[:, None]
+            weight = tl.load(trunks_ptr + at, mask=(units < H2)[None, :] & is_feature[:, None], other=0.0)
+            total += _dot(x, weight, PRECISION, INTERPRETED)
+    at = (tl.program_id(1) * T + rows).to(tl.int64)[:, None] * H2 + units[None, :]
+    tl.store(partial_ptr + at, total, mask=is_token[:, None] & (units < H2)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "salt"])
+def latents_kernel(
+    partial_ptr, keys_ptr, small, z1_ptr, z2_ptr, terms_ptr, encoded_ptr, posterior_ptr, decoded_ptr,
+    T, salt, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
+    R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
+    DEPTH: tl.constexpr, CONCAT: tl.constexpr, WORDS: tl.constexpr, ENCODER_THRESHOLD: tl.constexpr,
+    ENCODER_P: tl.constexpr, DECODER_FIRST: tl.constexpr, DECODER_THRESHOLD: tl.constexpr, DECODER_P: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, HEAD_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """From the trunks' products: z1, z2 (T, R); of terms (5, T) the loss without its nll, kl_z1, z1_sq, z2_sq in rows
+    0 and 2 to 4; encoded (T, 2H), the trunks' hidden units; posterior (T, 4, R): mean and log-variance before its
+    clamp, of both encoders; decoded (DEPTH, T, W), the decoder's hidden units."""
+    ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    hidden_units = tl.arange(0, HB)
+    is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
+    at = rows[:, None].to(tl.int64) * (2 * H) + hidden_units[None, :]
+    hidden1 = tl.zeros((BT, HB), tl.float32)
+    hidden2 = tl.zeros((BT, HB), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        products = partial_ptr + chunk * T.to(tl.int64) * (2 * H) + at
+        hidden1 += tl.load(products, mask=is_hidden, other=0.0)
+        hidden2 += tl.load(products + H, mask=is_hidden, other=0.0)
     keys = tl.load(keys_ptr + rows, mask=is_token, other=0)[:, None]
     hidden1 = _activate(hidden1 + _bias(small, H, HB), keys, salt, HB, 0, R, WORDS, ENCODER_THRESHOLD, ENCODER_P)
     hidden2 = _activate(hidden2 + _bias(small + H, H, HB), keys, salt, HB, H, R, WORDS, ENCODER_THRESHOLD, ENCODER_P)
-    at = rows[:, None] * (2 * H) + hidden_units[None, :]
-    is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
     tl.store(encoded_ptr + at, hidden1, mask=is_hidden)
     tl.store(encoded_ptr + at + H, hidden2, mask=is_hidden)
 
@@ -209,7 +235,7 @@ def forward_kernel(
     latent = tl.arange(0, RB)
     is_latent = (latent < R)[None, :]
     is_z = is_token[:, None] & is_latent
-    at = rows[:, None] * (4 * R) + latent[None, :]
+    at = rows[:, None].to(tl.int64) * (4 * R) + latent[None, :]
     tl.store(posterior_ptr + at, mean1, mask=is_z)
     tl.store(posterior_ptr + at + R, logvar1, mask=is_z)
     tl.store(posterior_ptr + at + 2 * R, mean2, mask=is_z)
@@ -219,7 +245,7 @@ def forward_kernel(
     eps1, eps2 = _normals(keys, salt, RB)
     z1 = tl.where(is_latent, mean1 + std1 * eps1, 0.0)
     z2 = tl.where(is_latent, mean2 + std2 * eps2, 0.0)
-    at = rows[:, None] * R + latent[None, :]
+    at = rows[:, None].to(tl.int64) * R + latent[None, :]
     tl.store(z1_ptr + at, z1, mask=is_z)
     tl.store(z2_ptr + at, z2, mask=is_z)
     kl1 = 0.5 * tl.sum(tl.where(is_latent, mean1 * mean1 + std1 * std1 - 1 - logvar1, 0.0), 1)
@@ -228,6 +254,10 @@ def forward_kernel(
     kl2 = 0.5 * tl.sum(tl.where(is_latent, offset2 * offset2 + tl.exp(ratio) - 1 - ratio, 0.0), 1)
     z1_sq = tl.sum(z1 * z1, 1) / R
     z2_sq = tl.sum(tl.where(is_latent, (z2 - prior_mean) * (z2 - prior_mean), 0.0), 1) / R
+    tl.store(terms_ptr + rows, c_kl1 * kl1 + c_kl2 * kl2 + c_z1 * z1_sq + c_z2 * z2_sq + c_0, mask=is_token)
+    tl.store(terms_ptr + 2 * T + rows, kl1, mask=is_token)
+    tl.store(terms_ptr + 3 * T + rows, z1_sq, mask=is_token)
+    tl.store(terms_ptr + 4 * T + rows, z2_sq, mask=is_token)
 
     units = tl.arange(0, WB)
     decoded = decoded_ptr + rows[:, None].to(tl.int64) * W + units[None, :]
@@ -243,30 +273,44 @@ def forward_kernel(
         decoder += W * W + W
         decoded += T.to(tl.int64) * W
         tl.store(decoded, _cast(hidden, ELEMENT, INTERPRETED), mask=is_hidden)
-    last = _cast(hidden, ELEMENT, INTERPRETED)
-    squares = tl.zeros((BT,), tl.float32)
-    errors = tl.zeros((BT,), tl.float32)
-    log_scale = 0.0
-    for start in range(0, D, BD):
+
+
+@triton.jit(do_not_specialize=["T"])
+def likelihood_kernel(
+    x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, partial_ptr, T, D, chunk, W: tl.constexpr,
+    WB: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """nll over `chunk` features, from the decoder's last hidden units: partial (chunks, T); with STATS (chunks, 2, T),
+    the squared error beside it."""
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    x_rows = x_ptr + rows[:, None].to(tl.int64) * D
+    units = tl.arange(0, WB)
+    is_hidden = is_token[:, None] & (units < W)[None, :]
+    last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_hidden, other=0.0)
+    squares = tl.zeros((BT, BD), tl.float32)
+    errors = tl.zeros((BT, BD), tl.float32)
+    log_scale = tl.zeros((BD,), tl.float32)
+    first = tl.program_id(1) * chunk
+    for start in range(first, tl.minimum(first + chunk, D), BD):
         features = start + tl.arange(0, BD)
         is_feature = features < D
         x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
         weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
-        error = x.to(tl.float32) - bias - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
-        standardised = error / scale
-        squares += tl.sum(standardised * standardised, 1)
-        log_scale += tl.sum(tl.sum(tl.log(scale), 1), 0)
+        error = x.to(tl.float32) - bias[None, :] - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
+        standardised = error * (1.0 / scale)[None, :]
+        squares += standardised * standardised
+        log_scale += tl.where(is_feature, tl.log(scale) + 0.5 * _LOG_2PI, 0.0)
         if STATS:
-            errors += tl.sum(error * error, 1)
-    nll = 0.5 * squares + log_scale + D * (0.5 * _LOG_2PI)
-    loss = c_nll * nll + c_kl1 * kl1 + c_kl2 * kl2 + c_z1 * z1_sq + c_z2 * z2_sq + c_0
-    tl.store(terms_ptr + rows, loss, mask=is_token)
-    tl.store(terms_ptr + T + rows, nll, mask=is_token)
-    tl.store(terms_ptr + 2 * T + rows, kl1, mask=is_token)
-    tl.store(terms_ptr + 3 * T + rows, z1_sq, mask=is_token)
-    tl.store(terms_ptr + 4 * T + rows, z2_sq, mask=is_token)
+            errors += error * error
+    nll = 0.5 * tl.sum(squares, 1) + tl.sum(log_scale, 0)
     if STATS:
-        tl.store(error_ptr + rows, errors, mask=is_token)
+        out = partial_ptr + tl.program_id(1) * 2 * T + rows
+        tl.store(out, nll, mask=is_token)
+        tl.store(out + T, tl.sum(errors, 1), mask=is_token)
+    else:
+        tl.store(partial_ptr + tl.program_id(1) * T + rows, nll, mask=is_token)
 
 
 # ---------------------------------------------------------------------------------------------------- backward, tokens
@@ -311,25 +355,52 @@ def _heads_backward(
     return tl.where(hidden > 0, d_hidden * (1.0 / (1.0 - P)), 0.0)
 
 
-@triton.jit
-def backward_tokens_kernel(
-    x_ptr, weight1_ptr, weight2_ptr, small, out_weight_ptr, out_bias_ptr, scale_ptr, z1_ptr, z2_ptr, encoded_ptr,
-    posterior_ptr, decoded_ptr, d_loss_ptr, d_z1_ptr, d_x_ptr, d_decoded_ptr, d_encoded_ptr, partial_ptr,
-    T, D, num_blocks, c_nll, c_kl1, c_kl2, c_z1, c_z2, prior_mean, prior_std,
-    R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
-    DEPTH: tl.constexpr, CONCAT: tl.constexpr, ENCODER_P: tl.constexpr, DECODER_P: tl.constexpr,
-    NEED_DX: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+@triton.jit(do_not_specialize=["T"])
+def backward_likelihood_kernel(
+    x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, d_loss_ptr, partial_ptr, T, D, chunk, c_nll,
+    W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient to x (T, D); for the other kernels, in x's dtype, those of the decoder's hidden layers before their
-    activation (DEPTH, T, W) and of the trunks before theirs (T, 2H); partial sums of the gradients of the trunks'
-    biases, the heads and the decoder's first layer (programs, ...)."""
+    """Gradient of the decoder's last hidden units over `chunk` features: partial (chunks, T, W)."""
     ELEMENT: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    x_rows = x_ptr + rows[:, None].to(tl.int64) * D
+    units = tl.arange(0, WB)
+    is_hidden = is_token[:, None] & (units < W)[None, :]
+    at_hidden = rows[:, None].to(tl.int64) * W + units[None, :]
+    last = tl.load(last_ptr + at_hidden, mask=is_hidden, other=0.0)
+    d_nll = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None] * c_nll
+    d_last = tl.zeros((BT, WB), tl.float32)
+    first = tl.program_id(1) * chunk
+    for start in range(first, tl.minimum(first + chunk, D), BD):
+        features = start + tl.arange(0, BD)
+        is_feature = features < D
+        x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
+        weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
+        error = x.to(tl.float32) - bias[None, :] - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
+        d_xhat = -d_nll * error * (1.0 / (scale * scale))[None, :]
+        d_last += _dot(_cast(d_xhat, ELEMENT, INTERPRETED), weight, PRECISION, INTERPRETED)
+    tl.store(partial_ptr + tl.program_id(1) * T.to(tl.int64) * W + at_hidden, d_last, mask=is_hidden)
+
+
+@triton.jit(do_not_specialize=["T", "num_blocks"])
+def backward_latents_kernel(
+    partial_ptr, small, z1_ptr, z2_ptr, encoded_ptr, posterior_ptr, decoded_ptr, d_loss_ptr, d_z1_ptr, d_decoded_ptr,
+    d_encoded_ptr, sums_ptr, T, num_blocks, c_kl1, c_kl2, c_z1, c_z2, prior_mean, prior_std,
+    R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
+    DEPTH: tl.constexpr, CONCAT: tl.constexpr, ENCODER_P: tl.constexpr, DECODER_P: tl.constexpr, CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the decoder's hidden layers before their activation (DEPTH, T, W) and of the trunks before theirs
+    (T, 2H); sums (programs, ...) of the gradients of the trunks' biases, the heads and the decoder's first layer."""
+    ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
     Z: tl.constexpr = 2 * R if CONCAT else R
     HEADS1: tl.constexpr = 2 * H
     HEADS2: tl.constexpr = 2 * H + 2 * R * (H + 1)
     DECODER: tl.constexpr = 2 * H + 4 * R * (H + 1)
     INNER: tl.constexpr = DECODER + Z * W + W
-    partial = partial_ptr + tl.program_id(0).to(tl.int64) * INNER
+    sums = sums_ptr + tl.program_id(0).to(tl.int64) * INNER
     hidden_units = tl.arange(0, HB)
     units = tl.arange(0, WB)
     latent = tl.arange(0, RB)
@@ -338,53 +409,46 @@ def backward_tokens_kernel(
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         rows = block * BT + tl.arange(0, BT)
         is_token = rows < T
-        x_rows = x_ptr + rows[:, None].to(tl.int64) * D
         is_hidden = is_token[:, None] & (units < W)[None, :]
-        at_last = rows[:, None].to(tl.int64) * W + units[None, :] + (DEPTH - 1) * T.to(tl.int64) * W
-        last = tl.load(decoded_ptr + at_last, mask=is_hidden, other=0.0)
-        d_loss = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None]
-        d_nll = d_loss * c_nll
+        at = rows[:, None].to(tl.int64) * W + units[None, :]
         d_last = tl.zeros((BT, WB), tl.float32)
-        for start in range(0, D, BD):
-            features = start + tl.arange(0, BD)
-            is_feature = features < D
-            x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
-            weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
-            error = x.to(tl.float32) - bias - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
-            d_xhat = -d_nll * error / (scale * scale)
-            d_last += _dot(_cast(d_xhat, ELEMENT, INTERPRETED), weight, PRECISION, INTERPRETED)
-
-        d_hidden = _cast(tl.where(last > 0, d_last * (1.0 / (1.0 - DECODER_P)), 0.0), ELEMENT, INTERPRETED)
-        tl.store(d_decoded_ptr + at_last, d_hidden, mask=is_hidden)
+        for chunk in tl.static_range(CHUNKS):
+            d_last += tl.load(partial_ptr + chunk * T.to(tl.int64) * W + at, mask=is_hidden, other=0.0)
+        at += (DEPTH - 1) * T.to(tl.int64) * W
+        hidden = tl.load(decoded_ptr + at, mask=is_hidden, other=0.0)
+        d_hidden = tl.where(hidden > 0, d_last * (1.0 / (1.0 - DECODER_P)), 0.0)
+        d_hidden = _cast(d_hidden, ELEMENT, INTERPRETED)
+        tl.store(d_decoded_ptr + at, d_hidden, mask=is_hidden)
         offset = small + INNER + (DEPTH - 2) * W * (W + 1)
         for _ in tl.static_range(1, DEPTH):
-            at_last -= T.to(tl.int64) * W
-            inner = _cast(_weight(offset, W, WB, W, WB, W), ELEMENT, INTERPRETED)
-            d_inner = _dot(d_hidden, inner, PRECISION, INTERPRETED)
-            hidden = tl.load(decoded_ptr + at_last, mask=is_hidden, other=0.0)
-            d_hidden = tl.where(hidden > 0, d_inner * (1.0 / (1.0 - DECODER_P)), 0.0)
+            at -= T.to(tl.int64) * W
+            weight = _cast(_weight(offset, W, WB, W, WB, W), ELEMENT, INTERPRETED)
+            d_hidden = _dot(d_hidden, weight, PRECISION, INTERPRETED)
+            hidden = tl.load(decoded_ptr + at, mask=is_hidden, other=0.0)
+            d_hidden = tl.where(hidden > 0, d_hidden * (1.0 / (1.0 - DECODER_P)), 0.0)
             d_hidden = _cast(d_hidden, ELEMENT, INTERPRETED)
-            tl.store(d_decoded_ptr + at_last, d_hidden, mask=is_hidden)
+            tl.store(d_decoded_ptr + at, d_hidden, mask=is_hidden)
             offset -= W * (W + 1)
         d_first = d_hidden.to(tl.float32)
 
+        d_loss = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None]
         is_z = is_token[:, None] & is_latent
-        at = rows[:, None] * R + latent[None, :]
+        at = rows[:, None].to(tl.int64) * R + latent[None, :]
         z1 = tl.load(z1_ptr + at, mask=is_z, other=0.0)
         z2 = tl.load(z2_ptr + at, mask=is_z, other=0.0)
         d_z1 = tl.load(d_z1_ptr + at, mask=is_z, other=0.0)
-        _add_bias(partial + DECODER + Z * W, d_first, is_first, W, WB)
+        _add_bias(sums + DECODER + Z * W, d_first, is_first, W, WB)
         if CONCAT:
-            _add_linear(partial + DECODER, d_first, z1, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
-            _add_linear(partial + DECODER + R, d_first, z2, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
+            _add_linear(sums + DECODER, d_first, z1, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
+            _add_linear(sums + DECODER + R, d_first, z2, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
             d_z1 += _dot(d_first, _weight(small + DECODER, W, WB, R, RB, Z), PRECISION, INTERPRETED)
             d_z2 = _dot(d_first, _weight(small + DECODER + R, W, WB, R, RB, Z), PRECISION, INTERPRETED)
         else:
-            _add_linear(partial + DECODER, d_first, (z1 + z2) * 0.5, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
+            _add_linear(sums + DECODER, d_first, (z1 + z2) * 0.5, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
             d_z2 = 0.5 * _dot(d_first, _weight(small + DECODER, W, WB, R, RB, Z), PRECISION, INTERPRETED)
             d_z1 += d_z2
 
-        at = rows[:, None] * (4 * R) + latent[None, :]
+        at = rows[:, None].to(tl.int64) * (4 * R) + latent[None, :]
         mean1 = tl.load(posterior_ptr + at, mask=is_z, other=0.0)
         logvar1 = tl.load(posterior_ptr + at + R, mask=is_z, other=0.0)
         mean2 = tl.load(posterior_ptr + at + 2 * R, mask=is_z, other=0.0)
@@ -401,45 +465,57 @@ def backward_tokens_kernel(
         d_logvar2 = 0.5 * (d_z2 * (z2 - mean2) + d_loss * c_kl2 * (variance2 / prior_variance - 1))
         d_logvar1 = tl.where((tl.abs(logvar1) <= _LIMIT) & is_latent, d_logvar1, 0.0)
         d_logvar2 = tl.where((tl.abs(logvar2) <= _LIMIT) & is_latent, d_logvar2, 0.0)
-        at = rows[:, None] * (2 * H) + hidden_units[None, :]
+        at = rows[:, None].to(tl.int64) * (2 * H) + hidden_units[None, :]
         is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
         hidden1 = tl.load(encoded_ptr + at, mask=is_hidden, other=0.0)
         hidden2 = tl.load(encoded_ptr + at + H, mask=is_hidden, other=0.0)
         d_pre1 = _heads_backward(
-            hidden1, d_mean1, d_logvar1, small + HEADS1, partial + HEADS1, is_first, R, RB, H, HB, ENCODER_P, PRECISION,
+            hidden1, d_mean1, d_logvar1, small + HEADS1, sums + HEADS1, is_first, R, RB, H, HB, ENCODER_P, PRECISION,
             INTERPRETED,
         )  # fmt: skip
         d_pre2 = _heads_backward(
-            hidden2, d_mean2, d_logvar2, small + HEADS2, partial + HEADS2, is_first, R, RB, H, HB, ENCODER_P, PRECISION,
+            hidden2, d_mean2, d_logvar2, small + HEADS2, sums + HEADS2, is_first, R, RB, H, HB, ENCODER_P, PRECISION,
             INTERPRETED,
         )  # fmt: skip
-        _add_bias(partial, d_pre1, is_first, H, HB)
-        _add_bias(partial + H, d_pre2, is_first, H, HB)
-        d_pre1, d_pre2 = _cast(d_pre1, ELEMENT, INTERPRETED), _cast(d_pre2, ELEMENT, INTERPRETED)
-        tl.store(d_encoded_ptr + at, d_pre1, mask=is_hidden)
-        tl.store(d_encoded_ptr + at + H, d_pre2, mask=is_hidden)
+        _add_bias(sums, d_pre1, is_first, H, HB)
+        _add_bias(sums + H, d_pre2, is_first, H, HB)
+        tl.store(d_encoded_ptr + at, _cast(d_pre1, ELEMENT, INTERPRETED), mask=is_hidden)
+        tl.store(d_encoded_ptr + at + H, _cast(d_pre2, ELEMENT, INTERPRETED), mask=is_hidden)
         is_first = 0
 
-        if NEED_DX:
-            for start in range(0, D, BD):
-                features = start + tl.arange(0, BD)
-                is_feature = features < D
-                is_x = is_token[:, None] & is_feature[None, :]
-                x = tl.load(x_rows + features[None, :], mask=is_x, other=0.0)
-                weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
-                error = x.to(tl.float32) - bias - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
-                d_x = d_nll * error / (scale * scale)
-                at_weight = hidden_units[:, None] * D + features[None, :]
-                is_weight = (hidden_units < H)[:, None] & is_feature[None, :]
-                weight1 = tl.load(weight1_ptr + at_weight, mask=is_weight, other=0.0)
-                weight2 = tl.load(weight2_ptr + at_weight, mask=is_weight, other=0.0)
-                weight1, weight2 = _cast(weight1, ELEMENT, INTERPRETED), _cast(weight2, ELEMENT, INTERPRETED)
-                d_x += _dot(d_pre1, weight1, PRECISION, INTERPRETED) + _dot(d_pre2, weight2, PRECISION, INTERPRETED)
-                d_x_at = d_x_ptr + rows[:, None].to(tl.int64) * D + features[None, :]
-                tl.store(d_x_at, _cast(d_x, ELEMENT, INTERPRETED), mask=is_x)
+
+@triton.jit(do_not_specialize=["T"])
+def backward_input_kernel(
+    x_ptr, trunks_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, d_encoded_ptr, d_loss_ptr, d_x_ptr, T, D,
+    c_nll, H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradient to x (T, D), a tile for each program."""
+    rows = tl.program_id(1) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    features = tl.program_id(0) * BD + tl.arange(0, BD)
+    is_feature = features < D
+    units = tl.arange(0, WB)
+    hidden_units = tl.arange(0, HB2)
+    at = rows[:, None].to(tl.int64) * D + features[None, :]
+    is_x = is_token[:, None] & is_feature[None, :]
+    x = tl.load(x_ptr + at, mask=is_x, other=0.0)
+    is_hidden = is_token[:, None] & (units < W)[None, :]
+    last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_hidden, other=0.0)
+    weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
+    d_nll = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None] * c_nll
+    error = x.to(tl.float32) - bias[None, :] - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
+    d_x = d_nll * error * (1.0 / (scale * scale))[None, :]
+    is_hidden = is_token[:, None] & (hidden_units < H2)[None, :]
+    at_hidden = rows[:, None].to(tl.int64) * H2 + hidden_units[None, :]
+    d_encoded = tl.load(d_encoded_ptr + at_hidden, mask=is_hidden, other=0.0)
+    at_trunk = hidden_units[:, None] * D + features[None, :]
+    trunk = tl.load(trunks_ptr + at_trunk, mask=(hidden_units < H2)[:, None] & is_feature[None, :], other=0.0)
+    d_x += _dot(d_encoded, trunk, PRECISION, INTERPRETED)
+    tl.store(d_x_ptr + at, _cast(d_x, x_ptr.dtype.element_ty, INTERPRETED), mask=is_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunk"])
 def backward_inner_kernel(
     decoded_ptr, d_decoded_ptr, out_ptr, T, chunk, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
@@ -468,10 +544,10 @@ def backward_inner_kernel(
 # -------------------------------------------------------------------------------------------------- backward, features
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunk"])
 def backward_features_kernel(
     x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, d_encoded_ptr, d_loss_ptr, out_ptr, T, D, c_nll, chunk,
-    H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr,
+    H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters that have values for each feature, over `chunk` tokens: for each chunk a row
@@ -480,12 +556,11 @@ def backward_features_kernel(
     features = tl.program_id(0) * BD + tl.arange(0, BD)
     is_feature = features < D
     units = tl.arange(0, WB)
-    hidden_units = tl.arange(0, HB)
+    hidden_units = tl.arange(0, HB2)
     weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
-    inverse = 1.0 / scale
+    bias, inverse = bias[None, :], (1.0 / scale)[None, :]
     d_weight = tl.zeros((BD, WB), tl.float32)
-    d_weight1 = tl.zeros((HB, BD), tl.float32)
-    d_weight2 = tl.zeros((HB, BD), tl.float32)
+    d_trunks = tl.zeros((HB2, BD), tl.float32)
     d_bias = tl.zeros((BD,), tl.float32)
     d_scale = tl.zeros((BD,), tl.float32)
     first = tl.program_id(1) * chunk
@@ -498,19 +573,16 @@ def backward_features_kernel(
         is_hidden = is_token[:, None] & (units < W)[None, :]
         last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_hidden, other=0.0)
         d_nll = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None] * c_nll
-        at = rows[:, None] * (2 * H) + hidden_units[None, :]
-        is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
-        d_pre1 = tl.load(d_encoded_ptr + at, mask=is_hidden, other=0.0)
-        d_pre2 = tl.load(d_encoded_ptr + at + H, mask=is_hidden, other=0.0)
-        error = x.to(tl.float32) - bias - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)
-        standardised = error * inverse
+        at = rows[None, :].to(tl.int64) * H2 + hidden_units[:, None]
+        is_hidden = is_token[None, :] & (hidden_units < H2)[:, None]
+        d_encoded = tl.load(d_encoded_ptr + at, mask=is_hidden, other=0.0)
+        standardised = (x.to(tl.float32) - bias - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)) * inverse
         d_xhat = -d_nll * standardised * inverse
         d_weight += _dot(tl.trans(_cast(d_xhat, ELEMENT, INTERPRETED)), last, PRECISION, INTERPRETED)
         d_bias += tl.sum(d_xhat, 0)
         d_scale += tl.sum(d_nll * inverse * (1.0 - standardised * standardised), 0)
-        d_weight1 += _dot(tl.trans(d_pre1), x, PRECISION, INTERPRETED)
-        d_weight2 += _dot(tl.trans(d_pre2), x, PRECISION, INTERPRETED)
-    out = out_ptr + tl.program_id(1).to(tl.int64) * D * (W + 2 + 2 * H)
+        d_trunks += _dot(d_encoded, x, PRECISION, INTERPRETED)
+    out = out_ptr + tl.program_id(1).to(tl.int64) * D * (W + 2 + H2)
     is_weight = is_feature[:, None] & (units < W)[None, :]
     tl.store(out + features[:, None] * W + units[None, :], d_weight, mask=is_weight)
     out += D * W
@@ -518,11 +590,8 @@ def backward_features_kernel(
     raw_scale = tl.load(scale_ptr + features, mask=is_feature, other=1.0)
     sign = tl.where(raw_scale > 0, 1.0, tl.where(raw_scale < 0, -1.0, 0.0))
     tl.store(out + D + features, d_scale * sign, mask=is_feature)
-    out += 2 * D
     at = hidden_units[:, None] * D + features[None, :]
-    is_trunk = (hidden_units < H)[:, None] & is_feature[None, :]
-    tl.store(out + at, d_weight1, mask=is_trunk)
-    tl.store(out + H * D + at, d_weight2, mask=is_trunk)
+    tl.store(out + 2 * D + at, d_trunks, mask=(hidden_units < H2)[:, None] & is_feature[None, :])
 
 
-INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
+INTERPRETED = isinstance(latents_kernel, InterpretedFunction)
