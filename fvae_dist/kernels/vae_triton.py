@@ -192,9 +192,9 @@ def encode_kernel(
         is_feature = features < D
         x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
         for part in tl.static_range(PARTS):
-            at = (part * H2 + units)[None, :] * D + features[:, None]
-            weight = tl.load(trunks_ptr + at, mask=(units < H2)[None, :] & is_feature[:, None], other=0.0)
-            total += _dot(x, weight, PRECISION, INTERPRETED)
+            at = (part * H2 + units)[:, None] * D + features[None, :]
+            weight = tl.load(trunks_ptr + at, mask=(units < H2)[:, None] & is_feature[None, :], other=0.0)
+            total += _dot(x, tl.trans(weight), PRECISION, INTERPRETED)
     at = (tl.program_id(1) * T + rows).to(tl.int64)[:, None] * H2 + units[None, :]
     tl.store(partial_ptr + at, total, mask=is_token[:, None] & (units < H2)[None, :])
 
