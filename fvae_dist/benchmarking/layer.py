@@ -92,12 +92,15 @@ def _measure(run: LayerRun, models: dict[str, nn.Module], tokens: int) -> dict[s
     noise = TokenNoise({"input_ids": ids}, seed=0, step=0)  # hashed once a step, not once a layer
     calls = {name: _call(run, name, model, x, dy, noise) for name, model in models.items()}
     repeats = 4 if run.device.type == "cuda" else 1
-    return measure_in_turn(calls, run.device, run.rounds, run.warm_up, repeats)
+
+    def forget(_: str) -> None:
+        for model in models.values():
+            drop_gradients([x, *model.parameters()])
+
+    return measure_in_turn(calls, run.device, run.rounds, run.warm_up, repeats, forget)
 
 
-def _call(
-    run: LayerRun, name: str, model: nn.Module, x: Tensor, dy: Tensor, noise: TokenNoise
-) -> Callable[[], object]:
+def _call(run: LayerRun, name: str, model: nn.Module, x: Tensor, dy: Tensor, noise: TokenNoise) -> Callable[[], object]:
     """Forward and backward of a variant, as a training step runs them; the gradients of the call before are dropped."""
     trained = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
 

@@ -1,6 +1,6 @@
 """Short training runs on models with random weights and data made up here: nothing is downloaded.
 
-A run is a `launch/train.py` (or another module) under torchrun; its memory and speed are read from its TensorBoard files.
+A run is a `launch/train.py` (or another module) under torchrun; its memory and speed are read from TensorBoard files.
 """
 
 from __future__ import annotations

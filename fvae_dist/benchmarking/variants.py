@@ -11,13 +11,14 @@ from peft import LoraConfig, PeftConfig
 from fvae_dist.adapter import FVAELoraConfig
 from fvae_dist.benchmarking.floor import Floor, LayerSize, base_floor, fvae_floor, lora_floor
 
-BASE, LORA, TORCH, FUSED, REFERENCE = "base", "lora", "torch", "fused", "reference"
+BASE, LORA, TORCH, FUSED, REFERENCE, STOCK = "base", "lora", "torch", "fused", "reference", "trl"
 LABELS = {
     BASE: "frozen base",
     LORA: "PEFT LoRA",
     TORCH: "FVAE torch",
     FUSED: "FVAE fused",
     REFERENCE: "reference layer",
+    STOCK: "TRL, PEFT LoRA, ZeRO-3",
 }
 
 
@@ -70,7 +71,7 @@ class AdapterSize:
         """The floor of the variant's adapter, without the base layer; None for the base."""
         if variant == BASE:
             return None
-        if variant == LORA:
+        if variant in (LORA, STOCK):
             return lora_floor(size, self.r)
         return fvae_floor(size, self.fvae())
 
