@@ -255,8 +255,8 @@ def _add_common(parser: argparse.ArgumentParser, tokens: list[int]) -> None:
     default = " ".join(map(str, tokens))
     parser.add_argument("--tokens", nargs="+", type=_at_least(2), default=tokens, metavar="T", help=default)
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: by the device")
-    parser.add_argument("--rounds", type=_at_least(1), default=20, metavar="N", help="measured (default: 20)")
-    parser.add_argument("--warm-up", type=_at_least(0), default=5, metavar="N", help="rounds before (default: 5)")
+    parser.add_argument("--rounds", type=_at_least(1), default=10, metavar="N", help="measured (default: 10)")
+    parser.add_argument("--warm-up", type=_at_least(0), default=3, metavar="N", help="rounds before (default: 3)")
     parser.add_argument("--output", metavar="DIR", help="folder for benchmark.md, .csv, .json and .png")
 
 

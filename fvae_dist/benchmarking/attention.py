@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,12 @@ class AttentionRun:
     warm_up: int
 
 
-def benchmark_attention(run: AttentionRun, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for every number of tokens and backend."""
-    rows = []
+def benchmark_attention(run: AttentionRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield a row for every number of tokens and backend."""
     for tokens in run.tokens:
         measured = _measure(run, tokens)
-        rows += [_row(run, ceilings, tokens, name, measured[name]) for name in run.backends]
+        yield from (_row(run, ceilings, tokens, name, measured[name]) for name in run.backends)
         free_memory(run.device)
-    return rows
 
 
 def _measure(run: AttentionRun, tokens: int) -> dict[str, Measured]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from fvae_dist.training.card import package_versions
 from fvae_dist.training.modeling import choose_attention
 from fvae_dist.training.recipe import ModelSection, RecipeError
 
+Measuring = tuple[Report, Iterator[dict[str, Any]]]  # without rows yet, and the rows as they are measured
 _PACKAGES = ("fvae-dist", "torch", "triton", "transformers", "peft", "trl", "deepspeed", "liger-kernel", "flash-attn")
 _TIMES = [
     Column("ms", "ms", ",.3f"),
@@ -92,21 +95,22 @@ def benchmark(args: argparse.Namespace) -> str:
     dtype = default_dtype(args.dtype, device)
     ceilings = measure_ceilings(device, dtype)
     free_memory(device)
-    if args.command == "attention":
-        report = _attention(args, device, dtype, ceilings)
-    elif args.command == "step":
-        report = _step(args, device, dtype, ceilings)
-    else:
-        report = (_floor if args.floor else _layer)(args, device, dtype, ceilings)
+    measure = {"attention": _attention, "step": _step, "layer": _floor if args.floor else _layer}[args.command]
+    report, rows = measure(args, device, dtype, ceilings)
+    for row in rows:
+        report.rows.append(row)
+        print(report.line(row), file=sys.stderr, flush=True)
+        if args.output:  # after every row: a run that is cut short leaves what it had
+            report.write(Path(args.output))
     if args.output:
-        report.write(Path(args.output))
+        report.plot(Path(args.output) / "benchmark.png")
     return report.markdown()
 
 
 # ------------------------------------------------------------------------------------------------------- the four kinds
 
 
-def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Report:
+def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
     out_dim = args.out_dim or args.dim
     variants = args.variants or [BASE, LORA, TORCH, FUSED, *([REFERENCE] if args.reference else [])]
     run = LayerRun(
@@ -121,17 +125,17 @@ def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, c
         args.warm_up,
         args.reference,
     )
-    rows = benchmark_layer(run, ceilings)
     notes = [
         f"Medians and quartiles of {args.rounds} rounds in which the variants take turns; differences and ratios are "
         "medians over rounds. Floor: base and adapter together; peak: above what lay there before.",
     ]
     title = f"One layer, {args.dim} x {out_dim}, r = {args.r}, {_name(dtype)}, forward and backward"
-    return Report(title, _head(args, device, dtype, ceilings), rows, _LAYER, Axes("ms", "ms"), notes)
+    report = Report(title, _head(args, device, dtype, ceilings), _LAYER, Axes("ms", "ms"), notes)
+    return report, benchmark_layer(run, ceilings)
 
 
-def _floor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Report:
-    rows = []
+def _floor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
+    rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         size = LayerSize(args.dim, args.out_dim or args.dim, tokens, dtype.itemsize)
         adapter = _adapter(args)
@@ -150,14 +154,14 @@ def _floor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, c
     notes = ["The least that must move and run; fvae_dist/benchmarking/floor.py says what is assumed."]
     title = f"Floor of one layer, {args.dim} x {args.out_dim or args.dim}, r = {args.r}, {_name(dtype)}"
     axes = Axes("floor_us", "us", ("label", "phase"))
-    return Report(title, _head(args, device, dtype, ceilings), rows, _FLOOR, axes, notes)
+    return Report(title, _head(args, device, dtype, ceilings), _FLOOR, axes, notes), iter(rows)
 
 
 def _amounts(num_bytes: float, operations: float) -> dict[str, float]:
     return {"mib": num_bytes / 2**20, "gflop": operations / 1e9}
 
 
-def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Report:
+def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
     several = args.gpus is not None
     variants = args.variants or ([LORA, TORCH, FUSED] if several else [BASE, LORA, TORCH, FUSED])
     run = StepRun(
@@ -177,7 +181,7 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
     )
     if several:
         rows = benchmark_training(TrainingRun(run, args.gpus, args.steps, args.compare == "trl"), ceilings)
-        how = f"ZeRO-3 on {args.gpus} processes"
+        how = f"ZeRO-3, {args.gpus} rank(s)"
         notes = [f"Medians and quartiles of steps {WARM_UP + 1} to {args.steps} of one training run each."]
     else:
         rows = benchmark_step(run, ceilings)
@@ -190,10 +194,10 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
     liger = ", Liger" if args.liger else ""
     title = f"Training step, {args.shape}, {how}, {_name(dtype)}, {args.attention}{liger}, {' '.join(args.targets)}"
     axes = Axes("tokens_per_s", "tokens/s/GPU", ("label", "recompute"))
-    return Report(title, _head(args, device, dtype, ceilings), rows, _STEP, axes, notes)
+    return Report(title, _head(args, device, dtype, ceilings), _STEP, axes, notes), rows
 
 
-def _attention(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Report:
+def _attention(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
     run = AttentionRun(
         args.tokens,
         args.backends or BACKENDS,
@@ -205,10 +209,10 @@ def _attention(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         args.rounds,
         args.warm_up,
     )
-    rows = benchmark_attention(run, ceilings)
     notes = ["Forward and backward; operations of two and five products, the masked half not counted."]
     title = f"Causal attention, {args.heads}/{args.kv_heads} heads of {args.head_dim}, {_name(dtype)}"
-    return Report(title, _head(args, device, dtype, ceilings), rows, _ATTENTION, Axes("tflops", "TFLOP/s"), notes)
+    report = Report(title, _head(args, device, dtype, ceilings), _ATTENTION, Axes("tflops", "TFLOP/s"), notes)
+    return report, benchmark_attention(run, ceilings)
 
 
 # ------------------------------------------------------------------------------------------------- arguments and place

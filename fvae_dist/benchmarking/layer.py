@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,18 +48,16 @@ class OneLinear(nn.Module):
         return self.linear(x)
 
 
-def benchmark_layer(run: LayerRun, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for every number of tokens and variant."""
+def benchmark_layer(run: LayerRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield a row for every number of tokens and variant."""
     torch.manual_seed(0)
     linear = nn.Linear(run.dim, run.out_dim, bias=False, device=run.device, dtype=run.dtype).requires_grad_(False)
     models, missing = build_variants(run, linear)
-    rows = []
     for tokens in run.tokens:
         measured = {name: Measured(error=reason) for name, reason in missing.items()}
         measured |= _measure(run, models, tokens)
-        rows += [_row(run, ceilings, tokens, name, measured) for name in run.variants]
+        yield from (_row(run, ceilings, tokens, name, measured) for name in run.variants)
         free_memory(run.device)
-    return rows
 
 
 def build_variants(run: LayerRun, linear: nn.Linear) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -69,7 +67,7 @@ def build_variants(run: LayerRun, linear: nn.Linear) -> tuple[dict[str, nn.Modul
     for name in run.variants:
         try:
             models[name] = _build(run, name, linear).train()
-        except (ValueError, ImportError) as error:
+        except (ValueError, RuntimeError, ImportError) as error:
             missing[name] = describe(error).partition(": ")[2]
     return models, missing
 

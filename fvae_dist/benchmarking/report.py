@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +34,10 @@ class Report:
 
     title: str
     head: dict[str, Any]
-    rows: list[dict[str, Any]]
     columns: list[Column]
     axes: Axes
     notes: list[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def markdown(self) -> str:
         """Title, circumstances, table, notes; columns that no row has are left out."""
@@ -47,6 +47,11 @@ class Report:
         lines.append("|" + "---|" * len(shown))
         lines += ["| " + " | ".join(_cell(row.get(c.key), c.form) for c in shown) + " |" for row in self.rows]
         return "\n".join([*lines, "", *self.notes])
+
+    def line(self, row: dict[str, Any]) -> str:
+        """One row in words, for whoever waits."""
+        cells = ((column.title, _cell(row.get(column.key), column.form)) for column in self.columns)
+        return "  ".join(f"{title} {cell}" for title, cell in cells if cell)
 
     def _circumstances(self) -> list[str]:
         ceilings = self.head["ceilings"]
@@ -71,11 +76,10 @@ class Report:
         return json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """benchmark.md, .csv, .json, and .png where matplotlib is installed."""
+        """benchmark.md, .csv and .json, of the rows there are."""
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in (("md", self.markdown() + "\n"), ("csv", self.csv()), ("json", self.json())):
             (folder / f"benchmark.{suffix}").write_text(text, encoding="utf-8")
-        self.plot(folder / "benchmark.png")
 
     def plot(self, path: Path) -> None:
         """Lines over tokens with quartiles where they were measured; says so where it cannot."""

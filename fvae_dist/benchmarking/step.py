@@ -6,7 +6,7 @@ noise that is keyed by token, the backward, AdamW on the adapter. No gradient cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +47,19 @@ class StepRun:
     warm_up: int
 
 
-def benchmark_step(run: StepRun, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for every kind of recomputation, number of tokens and variant."""
+def benchmark_step(run: StepRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield a row for every kind of recomputation, number of tokens and variant."""
     model = build_model(run)
     size = size_of(model)
     bench = _Bench(run, model)
-    rows = []
     for recompute in run.recompute:
         use_checkpointing(model, recompute == "full")
         for tokens in run.tokens:
             measured = bench.measure(tokens)
             for name in bench.names:
                 adapted = bench.adapted_sizes(name)
-                rows.append(step_row(run, ceilings, size, adapted, recompute, tokens, name, measured))
+                yield step_row(run, ceilings, size, adapted, recompute, tokens, name, measured)
             free_memory(run.device)
-    return rows
 
 
 def build_model(run: StepRun) -> PreTrainedModel:
@@ -100,7 +98,7 @@ class _Bench:
             try:
                 config = None if name == BASE else run.adapter.config(name, run.targets)
                 self.attached[name] = Attached() if config is None else attach(model, config)
-            except (ValueError, ImportError) as error:
+            except (ValueError, RuntimeError, ImportError) as error:
                 self.missing[name] = describe(error).partition(": ")[2]
         self.in_place = Attached()
         self.step = 0
@@ -206,9 +204,8 @@ def step_row(
     operations = of_base + sum(floor.operations(again) for floor in floors)
     row["tflops"] = operations / seconds / 1e12
     row["peak_gib"] = None if result.peak_bytes is None else result.peak_bytes / 2**30
-    lora = measured[LORA].ms if LORA in measured else []
-    if lora:
-        row["ratio_to_lora"] = paired_ratio(result.ms, lora)
-    if name.endswith(TERMS) and measured[variant].ms:
-        row["ratio_to_silent"] = paired_ratio(result.ms, measured[variant].ms)
+    others = {"ratio_to_lora": LORA} | ({"ratio_to_silent": variant} if name.endswith(TERMS) else {})
+    for key, other in others.items():
+        if other in measured and measured[other].ms:
+            row[key] = paired_ratio(result.ms, measured[other].ms)
     return row

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,22 @@ class TrainingRun:
     compare: bool
 
 
-def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for every kind of recomputation, number of tokens and variant; ratios are of medians of separate runs."""
+def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield a row for every kind of recomputation, number of tokens and variant.
+
+    Ratios are of the medians of separate runs.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(run.step.shape))
     size, adapted = size_of(model), _adapted(model, run.step.targets)
-    rows: list[dict[str, Any]] = []
     for recompute in run.step.recompute:
         for tokens in run.step.tokens:
-            group = []
+            group: list[dict[str, Any]] = []
             for name in _names(run, recompute):
                 print(f"{name}, T = {tokens}, recompute {recompute} ...", file=sys.stderr, flush=True)
                 measured = {name: measure_run(run, name, tokens, recompute)}
                 group.append(step_row(run.step, ceilings, size, adapted, recompute, tokens, name, measured))
-            rows += _with_ratios(group)
-    return rows
+            yield from _with_ratios(group)
 
 
 def _adapted(model: nn.Module, targets: list[str]) -> list[tuple[int, int]]:
