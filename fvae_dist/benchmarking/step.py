@@ -62,6 +62,12 @@ def benchmark_step(run: StepRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]
             free_memory(run.device)
 
 
+def names_of(run: StepRun) -> list[str]:
+    """The variants in their order; each of FVAE's followed by itself with telemetry, if that is measured."""
+    twice = [[name, name + TERMS] if run.telemetry and name in FVAE else [name] for name in run.variants]
+    return [name for names in twice for name in names]
+
+
 def build_model(run: StepRun) -> PreTrainedModel:
     """The frozen base on the device, in training mode."""
     torch.manual_seed(0)
@@ -100,14 +106,9 @@ class _Bench:
                 self.attached[name] = Attached() if config is None else attach(model, config)
             except (ValueError, RuntimeError, ImportError) as error:
                 self.missing[name] = describe(error).partition(": ")[2]
+        self.names = names_of(run)
         self.in_place = Attached()
         self.step = 0
-
-    @property
-    def names(self) -> list[str]:
-        """The variants in their order; each FVAE variant followed by itself with telemetry, if that is measured."""
-        twice = [[name, name + TERMS] if self.run.telemetry and name in FVAE else [name] for name in self.run.variants]
-        return [name for names in twice for name in names]
 
     def adapted_sizes(self, name: str) -> list[tuple[int, int]]:
         """Of the linears that a variant would adapt, or adapts."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from fvae_dist.benchmarking.floor import Ceilings
 from fvae_dist.benchmarking.flops import size_of
-from fvae_dist.benchmarking.step import FVAE, TERMS, StepRun, step_row
+from fvae_dist.benchmarking.step import TERMS, StepRun, names_of, step_row
 from fvae_dist.benchmarking.timing import OUT_OF_MEMORY, Measured, describe
 from fvae_dist.benchmarking.trial import (
     ROOT,
@@ -54,14 +54,21 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(run.step.shape))
     size, adapted = size_of(model), _adapted(model, run.step.targets)
+
+    def row_of(name: str, tokens: int, recompute: str) -> dict[str, Any]:
+        print(f"{name}, T = {tokens}, recompute {recompute} ...", file=sys.stderr, flush=True)
+        measured = {name: measure_run(run, name, tokens, recompute)}
+        return step_row(run.step, ceilings, size, adapted, recompute, tokens, name, measured)
+
+    stock: dict[int, dict[str, Any]] = {}
     for recompute in run.step.recompute:
         for tokens in run.step.tokens:
-            group: list[dict[str, Any]] = []
-            for name in _names(run, recompute):
-                print(f"{name}, T = {tokens}, recompute {recompute} ...", file=sys.stderr, flush=True)
-                measured = {name: measure_run(run, name, tokens, recompute)}
-                group.append(step_row(run.step, ceilings, size, adapted, recompute, tokens, name, measured))
-            yield from _with_ratios(group)
+            rows = [row_of(name, tokens, recompute) for name in names_of(run.step)]
+            is_new = run.compare and tokens not in stock
+            if is_new:
+                stock[tokens] = row_of(STOCK, tokens, "full")  # TRL's default, whatever ours does
+            _add_ratios(rows, stock.get(tokens, {}))
+            yield from [*rows, stock[tokens]] if is_new else rows
 
 
 def _adapted(model: nn.Module, targets: list[str]) -> list[tuple[int, int]]:
@@ -74,25 +81,13 @@ def _adapted(model: nn.Module, targets: list[str]) -> list[tuple[int, int]]:
     return [(linear.in_features, linear.out_features) for linear in wanted]
 
 
-def _names(run: TrainingRun, recompute: str) -> list[str]:
-    """TRL's default is full recomputation, and it is run only so."""
-    names = []
-    for name in run.step.variants:
-        names += [name, name + TERMS] if run.step.telemetry and name in FVAE else [name]
-    return [*names, STOCK] if run.compare and recompute == "full" else names
-
-
-def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ms = {row["variant"]: row["ms"] for row in rows if "ms" in row}
+def _add_ratios(rows: list[dict[str, Any]], stock: dict[str, Any]) -> None:
+    ms = {row["variant"]: row.get("ms") for row in rows}
     for row in rows:
-        for key, other in (
-            ("ratio_to_lora", LORA),
-            ("ratio_to_trl", STOCK),
-            ("ratio_to_silent", row["variant"].removesuffix(TERMS)),
-        ):
-            if "ms" in row and other in ms and (key != "ratio_to_silent" or row["variant"].endswith(TERMS)):
-                row[key] = row["ms"] / ms[other]
-    return rows
+        others = {"ratio_to_lora": ms.get(LORA), "ratio_to_trl": stock.get("ms")}
+        if row["variant"].endswith(TERMS):
+            others["ratio_to_silent"] = ms.get(row["variant"].removesuffix(TERMS))
+        row |= {key: row["ms"] / other for key, other in others.items() if other and "ms" in row}
 
 
 def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Measured:

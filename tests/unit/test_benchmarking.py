@@ -192,6 +192,7 @@ def test_rows_of_training_runs(monkeypatch):
     assert names == [*(("full", name) for name in (*own, "trl")), *(("none", name) for name in own)]
     of = {row["variant"]: row for row in rows[:6]}
     assert (of["torch"]["ratio_to_lora"], of["torch"]["ratio_to_trl"]) == (2.0, 0.5)
+    assert rows[6]["recompute"] == "none" and rows[6]["ratio_to_trl"] == 0.25
     assert of["torch +terms"]["ratio_to_silent"] == 1.25 and "ratio_to_silent" not in of["torch"]
     assert of["lora"]["tokens_per_s"] == pytest.approx(32 / 0.02) and of["lora"]["peak_gib"] == 1.0
     # N = 151,552, attention 2 layers x 2 T^2 x 64: model operations over time and ceiling.
