@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate_command,
         "export": export_command,
         "plan": plan_command,
+        "benchmark": benchmark_command,
         "checkpoint": checkpoint_command,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -160,6 +161,17 @@ def plan_command(argv: list[str] | None) -> int:
     from fvae_dist.plan_command import plan
 
     print(plan(args))
+    return 0
+
+
+@_command
+def benchmark_command(argv: list[str] | None) -> int:
+    """Measure layers, steps or attention. Exit codes: 0 done; 2 bad argument; else a crash."""
+    args = arguments.parse_benchmark(argv)
+    # Imported only now: --help and a mistake in the arguments take no seconds.
+    from fvae_dist.benchmarking.command import benchmark
+
+    print(benchmark(args))
     return 0
 
 

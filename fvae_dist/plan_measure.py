@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fvae_dist.benchmarking.trial import WARM_UP, Setting, read_logs, run_to_end, train_command, write_inputs
 from fvae_dist.plan_command import write_file
 from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
 from fvae_dist.planning.planner import Load, Option, plan_choice
@@ -29,30 +25,7 @@ from fvae_dist.training.planned import make_choice, own_config, own_recompute, s
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
-ROOT = Path(__file__).parents[1]
-STEPS = 10
-WARM_UP = 4  # steps that are slower: allocator, autotuning, DeepSpeed's trace
-TIMEOUT_S = 540
 GOAL_MEMORY, GOAL_TIME = 0.1, 0.2
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
-}
-_BOTH = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One run: a shape, tokens of a sequence, and whether layers are recomputed."""
-
-    shape: str
-    length: int
-    recompute: bool
-
-    def __str__(self) -> str:
-        return f"{self.shape} T={self.length} recompute={'full' if self.recompute else 'none'}"
-
-
 SETTINGS = (
     Setting("1b", 4096, False),
     Setting("1b", 32768, True),
@@ -126,54 +99,16 @@ def _is_near(planned: float, measured: float | None, tolerance: float) -> bool:
     return measured is not None and abs(planned / measured - 1) <= tolerance
 
 
-def write_inputs(setting: Setting, num_gpus: int, folder: Path) -> Path:
-    """Model folder without weights, data, and the recipe of one run; returns the recipe's path."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    model = folder / "model"
-    sizes: dict[str, Any] = _BOTH | SHAPES[setting.shape]
-    LlamaConfig(**sizes).save_pretrained(model)
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i + 2 for i in range(1000)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(model)
-    records = [
-        {"text": " ".join(f"w{(7 * record + word * word) % 1000}" for word in range(setting.length - 1))}
-        for record in range(STEPS * num_gpus)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = "zero3.json" if num_gpus > 1 else "zero2.json"
-    recipe = {
-        "model": {"name_or_path": str(model), "random_weights": True, "attention": "flash_attention_2"},
-        "adapter": {"peft_type": "FVAE_LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"train": [{"path": str(folder / "data.jsonl"), "format": "text"}], "max_length": setting.length},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "deepspeed": str(ROOT / "ds_configs" / config),
-            "max_steps": STEPS,
-            "gradient_checkpointing": setting.recompute,
-            "save_strategy": "no",
-        },
-        "logging": {"steps": 1, "telemetry": False},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
-
-
 def _compare(setting: Setting, cluster: Cluster, folder: Path, changes: list[str]) -> Comparison:
     folder.mkdir()
     path = write_inputs(setting, cluster.world_size, folder)
     recipe = load_recipe(path, changes)
     planned = _plan(recipe, cluster)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.world_size}"]
-    command += ["launch/train.py", "--config", str(path), *(part for text in changes for part in ("--set", text))]
-    problem = _run(command, folder / "log")
+    problem = run_to_end(train_command(path, cluster.world_size, changes), folder / "log")
     if problem:
         print((folder / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
         return Comparison(setting, cluster, planned, error=problem)
-    speeds, peaks = _read_logs(Path(recipe.training.output_dir) / "tensorboard")
+    speeds, peaks = read_logs(Path(recipe.training.output_dir) / "tensorboard")
     seconds = planned.step.tokens / statistics.median(speeds[WARM_UP:])
     return Comparison(setting, cluster, planned, max(peaks), seconds)
 
@@ -186,33 +121,6 @@ def _plan(recipe: Recipe, cluster: Cluster) -> Option:
     training = recipe.training
     load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, recipe.data.max_length)
     return plan_choice(subject, choice, cluster, load)
-
-
-def _run(command: list[str], log_path: Path) -> str:
-    """Run to the end; returns what went wrong, or nothing. In a session of its own, so that no rank outlives it."""
-    with open(log_path, "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return f"longer than {TIMEOUT_S} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return f"exit code {code}" if code else ""
-
-
-def _read_logs(folder: Path) -> tuple[list[float], list[float]]:
-    """Tokens/s of a GPU and peak GiB, step by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    speeds, peaks = (
-        [event.value for event in events.Scalars(tag)] for tag in ("perf/tokens_per_s_per_gpu", "mem/peak_gib")
-    )
-    return speeds, peaks
 
 
 def _write(path: str | None, rows: list[Comparison]) -> None:

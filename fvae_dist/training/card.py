@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from fvae_dist.training.recipe import Recipe
 _PACKAGES = ("fvae-dist", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(names: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Installed versions of the packages that decide a run."""
     versions = {}
-    for name in _PACKAGES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

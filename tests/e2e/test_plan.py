@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from fvae_dist import plan_command, plan_measure
+from fvae_dist.benchmarking.trial import SHAPES
 from fvae_dist.cli import main, train_command
 from fvae_dist.planning.report import LABELS
 from fvae_dist.training.recipe_file import load_recipe
@@ -281,7 +282,7 @@ def test_script_runs():
 def toy(monkeypatch):
     """The shape that is measured in these tests, and nothing else."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 1024}
-    monkeypatch.setitem(plan_measure.SHAPES, "toy", sizes | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    monkeypatch.setitem(SHAPES, "toy", sizes | {"num_attention_heads": 4, "num_key_value_heads": 2})
     monkeypatch.setattr(plan_measure, "SETTINGS", (plan_measure.Setting("toy", 64, True),))
 
 
@@ -314,7 +315,7 @@ def test_measuring_goes_on_after_a_run_that_fails(tmp_path, monkeypatch, capsys)
         log_path.write_text("CUDA out of memory")
         return "exit code 1"
 
-    monkeypatch.setattr(plan_measure, "_run", fail)
+    monkeypatch.setattr(plan_measure, "run_to_end", fail)
     out = tmp_path / "measured.json"
     text = plan(
         capsys, "--measure", "1", "2", "--gpu", "l4", "--json", str(out), "--set", f"adapter={json.dumps(LORA)}"

@@ -1,0 +1,56 @@
+"""Several adapters on one base model that exists once: each variant's layers are put in place when its turn comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@dataclass
+class Attached:
+    """One variant's adapted layers by name, and what trains them; the bare base has none."""
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+
+    def num_bytes(self) -> int:
+        """Of adapter, gradients and optimizer states: what lies on the device between steps."""
+        tensors: list[torch.Tensor] = [*self.parameters]
+        tensors += [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.optimizer is not None:
+            states = (state.values() for state in self.optimizer.state.values())
+            tensors += [value for of_one in states for value in of_one if torch.is_tensor(value)]
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(in-features, out-features) of the adapted linears."""
+        found: list[Any] = [layer.get_base_layer() for layer in self.layers.values()]  # type: ignore[operator]
+        return [(linear.in_features, linear.out_features) for linear in found]
+
+
+def attach(model: nn.Module, config: PeftConfig) -> Attached:
+    """Make an adapter on `model` as PEFT does, with AdamW for it, and take it off again."""
+    get_peft_model(model, config)  # type: ignore[arg-type]
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+    attached = Attached({name: layer.train() for name, layer in layers.items()}, parameters)
+    attached.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
+    put_in_place(model, Attached(), attached)
+    del model.peft_config  # or PEFT takes the next variant for a second adapter of this one
+    return attached
+
+
+def put_in_place(model: nn.Module, wanted: Attached, present: Attached) -> None:
+    """Exchange the adapted layers: those of `present` leave, those of `wanted` come."""
+    for name, layer in present.layers.items():
+        model.set_submodule(name, layer.get_base_layer())  # type: ignore[operator]
+    for name, layer in wanted.layers.items():
+        model.set_submodule(name, layer)
