@@ -58,6 +58,11 @@ class Spec:
         return self.num_small - (self.decoder_layers - 1) * self.decoder_hidden * (self.decoder_hidden + 1)
 
     @property
+    def sums_fit(self) -> bool:
+        """Whether a program can hold the gradients of heads and first layer, in 16 bit, beside its tokens."""
+        return max(self.r, self.encoder_hidden) <= 32
+
+    @property
     def num_words(self) -> int:
         """Random words of a token for dropout: two decisions each."""
         encoders = 2 * self.encoder_hidden if self.encoder_dropout else 0
@@ -128,7 +133,7 @@ class _FusedVAE(torch.autograd.Function):
         flat = torch.cat([parameter.reshape(-1) for parameter in small])
         with _on(x):
             trunks, narrow_weight = _pack(spec, x, trunk1, trunk2, out_weight)
-            tiles, grid, chunk = _over_features("encode", x)
+            tiles, grid, chunk = _over_features("encode", x, spec)
             products = wide((grid[1], *encoded.shape))
             kernels.encode_kernel[grid](
                 x,
@@ -182,12 +187,14 @@ class _FusedVAE(torch.autograd.Function):
                 x, *output, d_loss, d_last, *sizes, chunk, c.nll, **_only(constants, "W WB"), **tiles
             )
             tiles = _tiles("backward_latents", x)
-            blocks = _cdiv(num_tokens, tiles["BT"])
-            of_tokens = wide((min(blocks, 2 * _processors(x)), spec.num_outer))
-            kernels.backward_latents_kernel[(len(of_tokens),)](
-                d_last, flat, z1, z2, encoded, posterior, decoded, d_loss, d_z1, d_decoded, d_encoded, of_tokens,
-                num_tokens, blocks, *c[1:5], spec.prior_mean, spec.prior_std, CHUNKS=grid[1],
-                **_only(constants, _BACKWARD_LATENTS), **tiles,
+            blocks, sums = _cdiv(num_tokens, tiles["BT"]), spec.sums_fit and x.dtype != torch.float32
+            programs = min(blocks, 2 * _processors(x)) if sums else blocks
+            of_tokens = wide((programs, spec.num_outer) if sums else 0)
+            d_posterior = wide(0 if sums else posterior.shape)
+            kernels.backward_latents_kernel[(programs,)](
+                d_last, flat, z1, z2, encoded, posterior, decoded, d_loss, d_z1, d_decoded, d_encoded, d_posterior,
+                of_tokens, num_tokens, blocks, *c[1:5], spec.prior_mean, spec.prior_std, CHUNKS=grid[1],
+                SUMS=sums, **_only(constants, _BACKWARD_LATENTS), **tiles,
             )  # fmt: skip
             if ctx.needs_input_grad[3]:
                 d_x, tiles = torch.empty_like(x), _tiles("backward_input", x)
@@ -213,7 +220,10 @@ class _FusedVAE(torch.autograd.Function):
             )  # fmt: skip
         numbers = [shape.numel() for shape in ctx.shapes]
         outer = len(numbers) - 2 * (depth - 1)
-        small = _total(of_tokens).split(numbers[:outer])
+        if sums:
+            small = _total(of_tokens).split(numbers[:outer])
+        else:
+            small = _outer_gradients(spec, z1, z2, encoded, d_posterior, d_encoded, d_decoded[0])
         if of_inner is not None:
             small += _total(of_inner).split(numbers[outer:])
         d_weight, d_bias, d_scale, d_trunk1, d_trunk2 = _total(of_features).split(
@@ -240,12 +250,26 @@ def _pack(spec: Spec, x: Tensor, trunk1: Tensor, trunk2: Tensor, out_weight: Ten
 def _inner_gradients(spec: Spec, constants: dict[str, Any], x: Tensor, decoded: Tensor, d_decoded: Tensor) -> Tensor:
     """Of the decoder's inner layers, a row of weights and biases for each chunk of tokens."""
     tiles, width, inner = _tiles("backward_inner", x), spec.decoder_hidden, spec.decoder_layers - 1
-    chunks = _token_chunks(x, inner, tiles["BT"])
+    blocks = _cdiv(width, tiles["BD"])
+    chunks = _token_chunks(x, inner * blocks, tiles["BT"])
     sums = x.new_empty((chunks, inner * width * (width + 1)), dtype=torch.float32)
-    _kernels().backward_inner_kernel[(inner, chunks)](
+    _kernels().backward_inner_kernel[(inner, chunks, blocks)](
         decoded, d_decoded, sums, len(x), _cdiv(len(x), chunks), **_only(constants, "W WB DEPTH"), **tiles
     )
     return sums
+
+
+def _outer_gradients(
+    spec: Spec, z1: Tensor, z2: Tensor, encoded: Tensor, d_posterior: Tensor, d_encoded: Tensor, d_first: Tensor
+) -> tuple[Tensor, ...]:
+    """What the kernel adds up itself for small widths, in the same order."""
+    hidden, d_first = spec.encoder_hidden, d_first.float()
+    gradients = list(d_encoded.float().sum(0).split(hidden))
+    for encoder, values in enumerate(encoded.split(hidden, dim=1)):
+        for d_head in d_posterior[:, 2 * encoder : 2 * encoder + 2].unbind(1):
+            gradients += [d_head.t() @ values, d_head.sum(0)]
+    z = torch.cat([z1, z2], dim=1) if spec.concat else (z1 + z2) / 2
+    return (*gradients, d_first.t() @ z, d_first.sum(0))
 
 
 def _total(partial_sums: Tensor) -> Tensor:
@@ -325,14 +349,14 @@ def _constants(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
 
 # Tokens and features of a tile, warps, pipeline stages.
 _NARROW_TILES = {
-    "encode": (64, 128, 4, 3),
-    "latents": (32, 0, 4, 1),
-    "likelihood": (64, 64, 4, 3),
-    "backward_likelihood": (64, 64, 4, 3),
-    "backward_latents": (32, 0, 4, 1),
-    "backward_input": (128, 64, 4, 1),
-    "backward_inner": (64, 0, 4, 3),
-    "backward_features": (128, 32, 4, 2),
+    "encode": (32, 128, 4, 3),
+    "latents": (16, 0, 4, 1),
+    "likelihood": (32, 64, 4, 3),
+    "backward_likelihood": (32, 64, 4, 3),
+    "backward_latents": (16, 0, 4, 1),
+    "backward_input": (32, 128, 4, 1),
+    "backward_inner": (64, 32, 4, 3),
+    "backward_features": (64, 16, 4, 3),
 }
 _EXACT_TILES = {
     "encode": (32, 32, 4, 2),
@@ -341,21 +365,24 @@ _EXACT_TILES = {
     "backward_likelihood": (32, 32, 4, 2),
     "backward_latents": (16, 0, 4, 1),
     "backward_input": (32, 32, 4, 1),
-    "backward_inner": (32, 0, 4, 2),
+    "backward_inner": (32, 32, 4, 2),
     "backward_features": (32, 32, 4, 2),
 }
 _INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _EXACT_TILES.items()}
 
 
-def _tiles(kernel: str, x: Tensor) -> dict[str, int]:
+def _tiles(kernel: str, x: Tensor, spec: Spec | None = None) -> dict[str, int]:
+    """Arguments of a kernel's launch; `spec` where the encoders' width counts for what a program must hold."""
     table = _INTERPRETED_TILES if not x.is_cuda else _EXACT_TILES if x.dtype == torch.float32 else _NARROW_TILES
     tokens, features, warps, stages = table[kernel]
+    if spec is not None and spec.encoder_hidden > 32:
+        features = min(features, 32)
     return {"BT": tokens, **({"BD": features} if features else {}), "num_warps": warps, "num_stages": stages}
 
 
-def _over_features(kernel: str, x: Tensor) -> tuple[dict[str, int], tuple[int, int], int]:
+def _over_features(kernel: str, x: Tensor, spec: Spec | None = None) -> tuple[dict[str, int], tuple[int, int], int]:
     """Tiles, grid (blocks of tokens, chunks of features), features of a chunk: enough programs for all processors."""
-    tiles = _tiles(kernel, x)
+    tiles = _tiles(kernel, x, spec)
     blocks, steps = _cdiv(len(x), tiles["BT"]), _cdiv(x.shape[1], tiles["BD"])
     chunks = 1
     while chunks < min(8, steps) and blocks * chunks < 3 * _processors(x):

@@ -5,6 +5,10 @@ Forward: pack the weights in 16 bit; x times both trunks (encode); heads, sampli
 Nothing of shape (T, D) is written but the gradient to x: the reconstruction is recomputed tile by tile. Sums over D are
 split into chunks, whose partial sums the next kernel adds up.
 
+No product has 64 rows or more in a program of four warps, where Triton takes Hopper's warp-group instructions: the
+assembler of CUDA before 13.3, which Triton 3.6 and 3.7 bring, makes wrong code of several of them in a kernel (invalid
+reads of shared memory, as triton-lang/triton #11366 and #11781 describe). All of this is bound by memory anyway.
+
 Everything random is a function of (token key, salt, counter), as `fvae_dist.adapter.noise` defines it.
 
 The small parameters come in one vector (`small`): biases of both trunks (H each); for each encoder the heads of mean
@@ -329,8 +333,12 @@ def _add_linear(
     STRIDE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a weight (OUT, IN) from that of its output (BT, OUT_B) and its input (BT, IN_B)."""
-    row, column = tl.arange(0, OUT_B)[:, None], tl.arange(0, IN_B)[None, :]
-    value = _dot(tl.trans(gradient), values, PRECISION, INTERPRETED)
+    if IN_B < OUT_B:
+        row, column = tl.arange(0, OUT_B)[None, :], tl.arange(0, IN_B)[:, None]
+        value = _dot(tl.trans(values), gradient, PRECISION, INTERPRETED)
+    else:
+        row, column = tl.arange(0, OUT_B)[:, None], tl.arange(0, IN_B)[None, :]
+        value = _dot(tl.trans(gradient), values, PRECISION, INTERPRETED)
     _add(partial + row * STRIDE + column, value, (row < OUT) & (column < IN), is_first)
 
 
@@ -343,13 +351,14 @@ def _add_bias(partial, gradient, is_first, OUT: tl.constexpr, OUT_B: tl.constexp
 @triton.jit
 def _heads_backward(
     hidden, d_mean, d_logvar, small, partial, is_first, R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr,
-    HB: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    HB: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the heads' gradients and returns that of the trunk before its activation, (BT, HB)."""
-    _add_linear(partial, d_mean, hidden, is_first, R, RB, H, HB, H, PRECISION, INTERPRETED)
-    _add_bias(partial + R * H, d_mean, is_first, R, RB)
-    _add_linear(partial + R * H + R, d_logvar, hidden, is_first, R, RB, H, HB, H, PRECISION, INTERPRETED)
-    _add_bias(partial + 2 * R * H + R, d_logvar, is_first, R, RB)
+    """With SUMS adds the heads' gradients; returns that of the trunk before its activation, (BT, HB)."""
+    if SUMS:
+        _add_linear(partial, d_mean, hidden, is_first, R, RB, H, HB, H, PRECISION, INTERPRETED)
+        _add_bias(partial + R * H, d_mean, is_first, R, RB)
+        _add_linear(partial + R * H + R, d_logvar, hidden, is_first, R, RB, H, HB, H, PRECISION, INTERPRETED)
+        _add_bias(partial + 2 * R * H + R, d_logvar, is_first, R, RB)
     d_hidden = _dot(d_mean, _weight(small, R, RB, H, HB, H), PRECISION, INTERPRETED)
     d_hidden += _dot(d_logvar, _weight(small + R * H + R, R, RB, H, HB, H), PRECISION, INTERPRETED)
     return tl.where(hidden > 0, d_hidden * (1.0 / (1.0 - P)), 0.0)
@@ -387,13 +396,14 @@ def backward_likelihood_kernel(
 @triton.jit(do_not_specialize=["T", "num_blocks"])
 def backward_latents_kernel(
     partial_ptr, small, z1_ptr, z2_ptr, encoded_ptr, posterior_ptr, decoded_ptr, d_loss_ptr, d_z1_ptr, d_decoded_ptr,
-    d_encoded_ptr, sums_ptr, T, num_blocks, c_kl1, c_kl2, c_z1, c_z2, prior_mean, prior_std,
+    d_encoded_ptr, d_posterior_ptr, sums_ptr, T, num_blocks, c_kl1, c_kl2, c_z1, c_z2, prior_mean, prior_std,
     R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
     DEPTH: tl.constexpr, CONCAT: tl.constexpr, ENCODER_P: tl.constexpr, DECODER_P: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the decoder's hidden layers before their activation (DEPTH, T, W) and of the trunks before theirs
-    (T, 2H); sums (programs, ...) of the gradients of the trunks' biases, the heads and the decoder's first layer."""
+    (T, 2H). With SUMS also sums (programs, ...) of the gradients of the trunks' biases, the heads and the decoder's first
+    layer, else (where they are too large for a program) the gradient of the posterior (T, 4, R)."""
     ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
     Z: tl.constexpr = 2 * R if CONCAT else R
     HEADS1: tl.constexpr = 2 * H
@@ -437,14 +447,18 @@ def backward_latents_kernel(
         z1 = tl.load(z1_ptr + at, mask=is_z, other=0.0)
         z2 = tl.load(z2_ptr + at, mask=is_z, other=0.0)
         d_z1 = tl.load(d_z1_ptr + at, mask=is_z, other=0.0)
-        _add_bias(sums + DECODER + Z * W, d_first, is_first, W, WB)
+        if SUMS:
+            _add_bias(sums + DECODER + Z * W, d_first, is_first, W, WB)
+            if CONCAT:
+                _add_linear(sums + DECODER, d_first, z1, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
+                _add_linear(sums + DECODER + R, d_first, z2, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
+            else:
+                fused = (z1 + z2) * 0.5
+                _add_linear(sums + DECODER, d_first, fused, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
         if CONCAT:
-            _add_linear(sums + DECODER, d_first, z1, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
-            _add_linear(sums + DECODER + R, d_first, z2, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
             d_z1 += _dot(d_first, _weight(small + DECODER, W, WB, R, RB, Z), PRECISION, INTERPRETED)
             d_z2 = _dot(d_first, _weight(small + DECODER + R, W, WB, R, RB, Z), PRECISION, INTERPRETED)
         else:
-            _add_linear(sums + DECODER, d_first, (z1 + z2) * 0.5, is_first, W, WB, R, RB, Z, PRECISION, INTERPRETED)
             d_z2 = 0.5 * _dot(d_first, _weight(small + DECODER, W, WB, R, RB, Z), PRECISION, INTERPRETED)
             d_z1 += d_z2
 
@@ -465,20 +479,26 @@ def backward_latents_kernel(
         d_logvar2 = 0.5 * (d_z2 * (z2 - mean2) + d_loss * c_kl2 * (variance2 / prior_variance - 1))
         d_logvar1 = tl.where((tl.abs(logvar1) <= _LIMIT) & is_latent, d_logvar1, 0.0)
         d_logvar2 = tl.where((tl.abs(logvar2) <= _LIMIT) & is_latent, d_logvar2, 0.0)
+        if not SUMS:
+            tl.store(d_posterior_ptr + at, d_mean1, mask=is_z)
+            tl.store(d_posterior_ptr + at + R, d_logvar1, mask=is_z)
+            tl.store(d_posterior_ptr + at + 2 * R, d_mean2, mask=is_z)
+            tl.store(d_posterior_ptr + at + 3 * R, d_logvar2, mask=is_z)
         at = rows[:, None].to(tl.int64) * (2 * H) + hidden_units[None, :]
         is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
         hidden1 = tl.load(encoded_ptr + at, mask=is_hidden, other=0.0)
         hidden2 = tl.load(encoded_ptr + at + H, mask=is_hidden, other=0.0)
         d_pre1 = _heads_backward(
-            hidden1, d_mean1, d_logvar1, small + HEADS1, sums + HEADS1, is_first, R, RB, H, HB, ENCODER_P, PRECISION,
-            INTERPRETED,
+            hidden1, d_mean1, d_logvar1, small + HEADS1, sums + HEADS1, is_first, R, RB, H, HB, ENCODER_P, SUMS,
+            PRECISION, INTERPRETED,
         )  # fmt: skip
         d_pre2 = _heads_backward(
-            hidden2, d_mean2, d_logvar2, small + HEADS2, sums + HEADS2, is_first, R, RB, H, HB, ENCODER_P, PRECISION,
-            INTERPRETED,
+            hidden2, d_mean2, d_logvar2, small + HEADS2, sums + HEADS2, is_first, R, RB, H, HB, ENCODER_P, SUMS,
+            PRECISION, INTERPRETED,
         )  # fmt: skip
-        _add_bias(sums, d_pre1, is_first, H, HB)
-        _add_bias(sums + H, d_pre2, is_first, H, HB)
+        if SUMS:
+            _add_bias(sums, d_pre1, is_first, H, HB)
+            _add_bias(sums + H, d_pre2, is_first, H, HB)
         tl.store(d_encoded_ptr + at, _cast(d_pre1, ELEMENT, INTERPRETED), mask=is_hidden)
         tl.store(d_encoded_ptr + at + H, _cast(d_pre2, ELEMENT, INTERPRETED), mask=is_hidden)
         is_first = 0
@@ -518,26 +538,28 @@ def backward_input_kernel(
 @triton.jit(do_not_specialize=["T", "chunk"])
 def backward_inner_kernel(
     decoded_ptr, d_decoded_ptr, out_ptr, T, chunk, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the decoder's inner layers over `chunk` tokens: for each chunk a row (DEPTH - 1, W * (W + 1))."""
+    """Gradients of the decoder's inner layers over `chunk` tokens: for each chunk a row (DEPTH - 1, W * (W + 1)). A
+    program has BD of a layer's units."""
     layer = tl.program_id(0)
-    row, column = tl.arange(0, WB)[:, None], tl.arange(0, WB)[None, :]
-    weight = tl.zeros((WB, WB), tl.float32)
-    bias = tl.zeros((WB,), tl.float32)
+    units = tl.program_id(2) * BD + tl.arange(0, BD)
+    column = tl.arange(0, WB)[None, :]
+    weight = tl.zeros((BD, WB), tl.float32)
+    bias = tl.zeros((BD,), tl.float32)
     first = tl.program_id(1) * chunk
     at_layer = layer.to(tl.int64) * T * W
     for start in range(first, tl.minimum(first + chunk, T), BT):
         rows = start + tl.arange(0, BT)[:, None]
-        at = at_layer + rows.to(tl.int64) * W + column
-        is_hidden = (rows < tl.minimum(first + chunk, T)) & (column < W)
-        hidden = tl.load(decoded_ptr + at, mask=is_hidden, other=0.0)
-        d_hidden = tl.load(d_decoded_ptr + at + T.to(tl.int64) * W, mask=is_hidden, other=0.0)
+        is_token = rows < tl.minimum(first + chunk, T)
+        at = at_layer + rows.to(tl.int64) * W
+        hidden = tl.load(decoded_ptr + at + column, mask=is_token & (column < W), other=0.0)
+        d_at = d_decoded_ptr + T.to(tl.int64) * W + at + units[None, :]
+        d_hidden = tl.load(d_at, mask=is_token & (units < W)[None, :], other=0.0)
         weight += _dot(tl.trans(d_hidden), hidden, PRECISION, INTERPRETED)
         bias += tl.sum(d_hidden.to(tl.float32), 0)
     out = out_ptr + (tl.program_id(1).to(tl.int64) * (DEPTH - 1) + layer) * (W * (W + 1))
-    tl.store(out + row * W + column, weight, mask=(row < W) & (column < W))
-    units = tl.arange(0, WB)
+    tl.store(out + units[:, None] * W + column, weight, mask=(units < W)[:, None] & (column < W))
     tl.store(out + W * W + units, bias, mask=units < W)
 
 
@@ -557,10 +579,11 @@ def backward_features_kernel(
     is_feature = features < D
     units = tl.arange(0, WB)
     hidden_units = tl.arange(0, HB2)
+    # Everything with a feature in each row.
     weight, bias, scale = _output(out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, units, W)
-    bias, inverse = bias[None, :], (1.0 / scale)[None, :]
+    bias, inverse = bias[:, None], (1.0 / scale)[:, None]
     d_weight = tl.zeros((BD, WB), tl.float32)
-    d_trunks = tl.zeros((HB2, BD), tl.float32)
+    d_trunks = tl.zeros((BD, HB2), tl.float32)
     d_bias = tl.zeros((BD,), tl.float32)
     d_scale = tl.zeros((BD,), tl.float32)
     first = tl.program_id(1) * chunk
@@ -568,20 +591,20 @@ def backward_features_kernel(
     for start in range(first, end, BT):
         rows = start + tl.arange(0, BT)
         is_token = rows < end
-        x_at = x_ptr + rows[:, None].to(tl.int64) * D + features[None, :]
-        x = tl.load(x_at, mask=is_token[:, None] & is_feature[None, :], other=0.0)
+        x_at = x_ptr + rows[None, :].to(tl.int64) * D + features[:, None]
+        x = tl.load(x_at, mask=is_token[None, :] & is_feature[:, None], other=0.0)
         is_hidden = is_token[:, None] & (units < W)[None, :]
         last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_hidden, other=0.0)
-        d_nll = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None] * c_nll
-        at = rows[None, :].to(tl.int64) * H2 + hidden_units[:, None]
-        is_hidden = is_token[None, :] & (hidden_units < H2)[:, None]
+        d_nll = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[None, :] * c_nll
+        is_hidden = is_token[:, None] & (hidden_units < H2)[None, :]
+        at = rows[:, None].to(tl.int64) * H2 + hidden_units[None, :]
         d_encoded = tl.load(d_encoded_ptr + at, mask=is_hidden, other=0.0)
-        standardised = (x.to(tl.float32) - bias - _dot(last, tl.trans(weight), PRECISION, INTERPRETED)) * inverse
+        standardised = (x.to(tl.float32) - bias - _dot(weight, tl.trans(last), PRECISION, INTERPRETED)) * inverse
         d_xhat = -d_nll * standardised * inverse
-        d_weight += _dot(tl.trans(_cast(d_xhat, ELEMENT, INTERPRETED)), last, PRECISION, INTERPRETED)
-        d_bias += tl.sum(d_xhat, 0)
-        d_scale += tl.sum(d_nll * inverse * (1.0 - standardised * standardised), 0)
-        d_trunks += _dot(d_encoded, x, PRECISION, INTERPRETED)
+        d_weight += _dot(_cast(d_xhat, ELEMENT, INTERPRETED), last, PRECISION, INTERPRETED)
+        d_bias += tl.sum(d_xhat, 1)
+        d_scale += tl.sum(d_nll * inverse * (1.0 - standardised * standardised), 1)
+        d_trunks += _dot(x, d_encoded, PRECISION, INTERPRETED)
     out = out_ptr + tl.program_id(1).to(tl.int64) * D * (W + 2 + H2)
     is_weight = is_feature[:, None] & (units < W)[None, :]
     tl.store(out + features[:, None] * W + units[None, :], d_weight, mask=is_weight)
@@ -590,8 +613,8 @@ def backward_features_kernel(
     raw_scale = tl.load(scale_ptr + features, mask=is_feature, other=1.0)
     sign = tl.where(raw_scale > 0, 1.0, tl.where(raw_scale < 0, -1.0, 0.0))
     tl.store(out + D + features, d_scale * sign, mask=is_feature)
-    at = hidden_units[:, None] * D + features[None, :]
-    tl.store(out + 2 * D + at, d_trunks, mask=(hidden_units < H2)[:, None] & is_feature[None, :])
+    at = hidden_units[None, :] * D + features[:, None]
+    tl.store(out + 2 * D + at, d_trunks, mask=(hidden_units < H2)[None, :] & is_feature[:, None])
 
 
 INTERPRETED = isinstance(latents_kernel, InterpretedFunction)
