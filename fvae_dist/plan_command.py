@@ -18,13 +18,14 @@ from fvae_dist.planning.report import LABELS, Plan, json_of, set_lines, text_of
 from fvae_dist.planning.subject import Subject
 from fvae_dist.planning.traffic import Traffic, estimate_traffic
 from fvae_dist.training.data import prepare_data
+from fvae_dist.training.deepspeed_config import load_deepspeed_config
+from fvae_dist.training.fitting import Fit, fit_subject
 from fvae_dist.training.modeling import check_lengths, load_config, load_tokenizer, plan_model
 from fvae_dist.training.planned import (
     deepspeed_configs,
     make_choice,
     overrides_of,
     own_config,
-    own_recompute,
     subject_of,
 )
 from fvae_dist.training.recipe import Recipe, RecipeError
@@ -63,7 +64,7 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
         return make_choice(recipe, subject, name, recompute, of_size.world_size, of_size.gpus_per_node)
 
     options, refused = [], []
-    own = (own_config(recipe), own_recompute(recipe))
+    own = (own_config(recipe), own_fit(recipe, subject, cluster).recompute)
     make(*own, cluster)  # the recipe's own must be sound; any other is only listed
     for name, recompute in product(deepspeed_configs(recipe), _RECOMPUTES):
         try:
@@ -89,9 +90,15 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
         variants=_variants(subject, best, options, cluster, load),
         points=scale(subject, best, make, cluster, load, knee),
         knee=knee,
-        overrides=overrides_of(recipe, best.choice),
+        overrides=overrides_of(best.choice),
         notes=notes,
     )
+
+
+def own_fit(recipe: Recipe, subject: Subject, cluster: Cluster) -> Fit:
+    """What the recipe's own `auto` would choose on this cluster."""
+    deepspeed = load_deepspeed_config(recipe, cluster.world_size, cluster.gpus_per_node)
+    return fit_subject(recipe, subject, deepspeed, cluster.world_size, cluster.gpu.memory_gib)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:

@@ -20,12 +20,12 @@ from typing import Any
 
 import yaml
 
-from fvae_dist.plan_command import write_file
+from fvae_dist.plan_command import own_fit, write_file
 from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
 from fvae_dist.planning.planner import Load, Option, plan_choice
 from fvae_dist.planning.report import option_json
 from fvae_dist.training.modeling import load_config
-from fvae_dist.training.planned import make_choice, own_config, own_recompute, subject_of
+from fvae_dist.training.planned import make_choice, own_config, subject_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
@@ -152,7 +152,7 @@ def write_inputs(setting: Setting, num_gpus: int, folder: Path) -> Path:
             "output_dir": str(folder / "run"),
             "deepspeed": str(ROOT / "ds_configs" / config),
             "max_steps": STEPS,
-            "gradient_checkpointing": setting.recompute,
+            "recompute": "full" if setting.recompute else "none",
             "save_strategy": "no",
         },
         "logging": {"steps": 1, "telemetry": False},
@@ -181,8 +181,8 @@ def _compare(setting: Setting, cluster: Cluster, folder: Path, changes: list[str
 def _plan(recipe: Recipe, cluster: Cluster) -> Option:
     """The plan of a recipe as it stands."""
     subject = subject_of(recipe, load_config(recipe.model))
-    name, recompute = own_config(recipe), own_recompute(recipe)
-    choice = make_choice(recipe, subject, name, recompute, cluster.world_size, cluster.gpus_per_node)
+    name, fit = own_config(recipe), own_fit(recipe, subject, cluster)
+    choice = make_choice(recipe, subject, name, fit.recompute, cluster.world_size, cluster.gpus_per_node)
     training = recipe.training
     load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, recipe.data.max_length)
     return plan_choice(subject, choice, cluster, load)

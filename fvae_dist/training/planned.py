@@ -58,13 +58,6 @@ def own_config(recipe: Recipe) -> str:
     return str(Path(recipe.training.deepspeed)) if recipe.training.deepspeed else WITHOUT_DEEPSPEED
 
 
-def own_recompute(recipe: Recipe) -> Recompute:
-    """What the recipe recomputes in the backward pass."""
-    if not recipe.training.gradient_checkpointing:
-        return "none"
-    return "selective" if recipe.training.gradient_checkpointing_kwargs.get("selective") else "full"
-
-
 def make_choice(
     recipe: Recipe, subject: Subject, name: str, recompute: Recompute, world_size: int, gpus_per_node: int
 ) -> Choice:
@@ -88,15 +81,9 @@ def deepspeed_configs(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys([own, *sorted(str(path) for path in folder.glob("*.json"))]))
 
 
-def overrides_of(recipe: Recipe, choice: Choice) -> dict[str, Any]:
+def overrides_of(choice: Choice) -> dict[str, Any]:
     """The recipe's keys that a choice decides, with their values."""
-    kwargs = {k: v for k, v in recipe.training.gradient_checkpointing_kwargs.items() if k != "selective"}
-    if choice.recompute == "selective":
-        kwargs["selective"] = True
-    values: dict[str, Any] = {
+    return {
         "training.deepspeed": None if choice.name == WITHOUT_DEEPSPEED else choice.name,
-        "training.gradient_checkpointing": choice.recompute != "none",
+        "training.recompute": choice.recompute,
     }
-    if kwargs != recipe.training.gradient_checkpointing_kwargs:
-        values["training.gradient_checkpointing_kwargs"] = kwargs
-    return values

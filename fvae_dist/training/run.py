@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
-from fvae_dist.training.callbacks import PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
+from fvae_dist.training.callbacks import EstimateCheck, PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
 from fvae_dist.training.card import write_model_card
 from fvae_dist.training.checkpoint_files import remove_leftovers
 from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
@@ -25,6 +25,14 @@ from fvae_dist.training.control import StallWatchdog, StopOnSignal, StopSignal, 
 from fvae_dist.training.data import PreparedData, prepare_data
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
 from fvae_dist.training.fingerprint import base_fingerprint
+from fvae_dist.training.fitting import (
+    Fit,
+    check_agreement,
+    check_recompute,
+    device_memory_gib,
+    fit_recipe,
+    name_the_key_when_out_of_memory,
+)
 from fvae_dist.training.modeling import (
     ModelPlan,
     attach_adapter,
@@ -69,6 +77,7 @@ class Prepared:
     attention: str
     attention_reason: str
     use_cpu: bool
+    fit: Fit
     checkpoint: str | None
     base_fingerprint: str
     lock: IO[str] | None
@@ -90,9 +99,9 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     training = recipe.training
     use_cpu = _use_cpu(recipe)
     _check_liger(recipe, use_cpu)
-    deepspeed = load_deepspeed_config(recipe, devices or _env_int("WORLD_SIZE", 1))
-    if training.gradient_checkpointing_kwargs.get("selective") and zero_stage(deepspeed) == 3:
-        raise RecipeError("training.gradient_checkpointing_kwargs: selective: TRL refuses it under ZeRO-3; use stage 2")
+    world_size = devices or _env_int("WORLD_SIZE", 1)
+    deepspeed = load_deepspeed_config(recipe, world_size)
+    check_recompute(recipe, deepspeed)
     attention, reason = choose_attention(recipe.model, use_cpu)
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -111,11 +120,12 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
+    fit = fit_recipe(recipe, config, deepspeed, world_size, attention, device_memory_gib(use_cpu))
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
         clear_output_dir(training.output_dir)
     return Prepared(
-        recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint, fingerprint, lock
+        recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, fit, checkpoint, fingerprint, lock
     )
 
 
@@ -125,6 +135,8 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     _set_up_process(prepared)
     args = build_arguments(prepared)
     start_process_group(args)
+    check_agreement(prepared.fit)
+    logger.info("%s", prepared.fit)
     logger.info("attention: %s (%s)", prepared.attention, prepared.attention_reason)
     if recipe.model.dtype == "float16":
         logger.warning("model.dtype float16: gradients of fp32 adapters get no loss scaling; bfloat16 is safer")
@@ -135,7 +147,8 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     for callback in prepared.make_callbacks(trainer):
         trainer.add_callback(callback)
 
-    result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    with name_the_key_when_out_of_memory(prepared.fit):
+        result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if stopper.stopped_at is not None:
         if trainer.checkpoint_writer.last_error is not None:
             raise trainer.checkpoint_writer.last_error
@@ -157,14 +170,15 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "deepspeed",
             "use_cpu",
             "overwrite_output_dir",
-            "gradient_checkpointing_kwargs",
+            "recompute",
             "side_loss_tokens",
             "stall_timeout_s",
         }
     )
     return SFTConfig(
         **passed_on,
-        gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs or None,
+        gradient_checkpointing=prepared.fit.recompute != "none",
+        gradient_checkpointing_kwargs={"selective": True} if prepared.fit.recompute == "selective" else None,
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
         data_seed=training.seed,
@@ -230,6 +244,8 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
     trainer.add_callback(StartupChecks(trainer))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters
     trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
+    if prepared.fit.estimate is not None:
+        trainer.add_callback(EstimateCheck(prepared.fit.estimate.total_gib))
     trainer.add_callback(ProgressLine())
     if recipe.training.stall_timeout_s:
         trainer.add_callback(StallWatchdog(recipe.training.stall_timeout_s))

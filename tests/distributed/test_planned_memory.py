@@ -79,7 +79,7 @@ def recipe_of(folder: Path, setting: str) -> Recipe:
         training={
             "output_dir": str(folder / "runs" / setting),
             "deepspeed": str(folder / f"{setting}.json"),
-            "gradient_checkpointing": SETTINGS[setting][0],
+            "recompute": "full" if SETTINGS[setting][0] else "none",
             "max_steps": STEPS,
             "use_cpu": True,
             "save_strategy": "no",

@@ -137,7 +137,7 @@ def test_405b_on_1024_gpus(recipe, capsys, monkeypatch):
 
 
 def test_written_overrides_are_taken_by_the_recipe_loader(recipe, capsys):
-    path = recipe(["zero3", "zero3_hpz"], training={"gradient_checkpointing_kwargs": {"determinism_check": "none"}})
+    path = recipe(["zero3", "zero3_hpz"], training={"recompute": "full"})
     arguments = ["--config", path, *H100, "--set", "training.seed=7"]
     plan(capsys, *arguments, "--write", "chosen.txt", "--json", "plan.json")
     best = json.loads(Path("plan.json").read_text())["recommended"]
@@ -145,7 +145,7 @@ def test_written_overrides_are_taken_by_the_recipe_loader(recipe, capsys):
     assert written[::2] == ["--set"] * (len(written) // 2)
     before, changed = load_recipe(path), load_recipe(path, written[1::2])
     assert changed.training.deepspeed == best["deepspeed"]
-    assert changed.training.gradient_checkpointing == (best["recompute"] != "none")
+    assert changed.training.recompute == best["recompute"]
     assert changed != before  # it recommends something else here, or nothing is tested
 
 
@@ -154,14 +154,14 @@ def test_written_recipe_is_the_recommended_one(recipe, capsys):
     plan(capsys, "--config", path, *H100, "--set", "training.seed=7", "--write", "chosen.yaml", "--json", "plan.json")
     best = json.loads(Path("plan.json").read_text())["recommended"]
     before, changed = load_recipe(path), load_recipe("chosen.yaml")
-    assert changed.training.gradient_checkpointing == (best["recompute"] != "none")
+    assert changed.training.recompute == best["recompute"]
     assert changed.training.seed == 7
     assert (changed.data, changed.adapter, changed.model) == (before.data, before.adapter, before.model)
     assert yaml.safe_load(Path("chosen.yaml").read_text()).keys() == yaml.safe_load(Path(path).read_text()).keys()
 
 
 def test_nothing_to_change_is_said(recipe, capsys):
-    path = recipe(["zero3"], training={"gradient_checkpointing": False})
+    path = recipe(["zero3"], training={"recompute": "none"})
     assert "change     nothing: the recipe has it so" in plan(capsys, "--config", path, *H100)
 
 
@@ -170,7 +170,7 @@ def test_selective_recomputation_can_be_written(recipe, capsys, monkeypatch):
     path = recipe(["zero2"])
     plan(capsys, "--config", path, *H100, "--write", "chosen.txt")
     changed = load_recipe(path, Path("chosen.txt").read_text().split()[1::2])
-    assert changed.training.gradient_checkpointing_kwargs["selective"] is True
+    assert changed.training.recompute == "selective"
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -1,0 +1,143 @@
+"""What `auto` chooses: how a recipe is run so that it fits the device, by the planner's estimate of its memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from fvae_dist.planning.choice import Recompute
+from fvae_dist.planning.hardware import GIB, PlanError
+from fvae_dist.planning.memory import MemoryEstimate, estimate_memory
+from fvae_dist.planning.subject import Subject
+from fvae_dist.training.deepspeed_config import zero_stage
+from fvae_dist.training.planned import choice_of, subject_of
+from fvae_dist.training.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+MARGIN = 0.1  # of the device's memory, left free by what auto chooses
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the recipe is run.
+
+    Attributes:
+        reason: why, for the log.
+        estimate: memory of one device; None where nothing was estimated, because nothing was left to choose.
+        is_automatic: whether anything was chosen here.
+    """
+
+    recompute: Recompute
+    reason: str
+    estimate: MemoryEstimate | None = None
+    is_automatic: bool = False
+
+    @property
+    def way_out(self) -> str:
+        """What to set where the estimate was too low."""
+        if self.recompute != "full":
+            return "training.recompute: full"
+        return "a smaller data.max_length or training.per_device_train_batch_size, or more devices"
+
+    def __str__(self) -> str:
+        return f"recompute {self.recompute} ({self.reason})"
+
+
+def fit_recipe(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    deepspeed: dict[str, Any] | None,
+    world_size: int,
+    attention: str,
+    memory_gib: float | None,
+) -> Fit:
+    """As `fit_subject`, from the model's configuration; a model that cannot be planned recomputes everything."""
+    if memory_gib is None or not _is_open(recipe):
+        return _without_estimate(recipe, "the device's memory is not known")
+    try:
+        return fit_subject(recipe, subject_of(recipe, config, attention), deepspeed, world_size, memory_gib)
+    except PlanError as error:  # training does not need the estimate
+        return _without_estimate(recipe, f"no estimate: {error}")
+
+
+def fit_subject(
+    recipe: Recipe, subject: Subject, deepspeed: dict[str, Any] | None, world_size: int, memory_gib: float
+) -> Fit:
+    """The least recomputation whose estimate leaves MARGIN of the device's memory; full if none does."""
+    if not _is_open(recipe):
+        return _without_estimate(recipe, "")
+    allowed = (1 - MARGIN) * memory_gib
+    for recompute in _candidates(recipe, deepspeed):
+        estimate = estimate_memory(subject, choice_of(recipe, subject, deepspeed, recompute), world_size)
+        if estimate.needed_gib <= allowed:
+            break
+    verdict = "the least that fits" if estimate.needed_gib <= allowed else "nothing less fits, and this may not either"
+    reason = f"auto: {verdict}: {estimate.needed_gib:.1f} GiB estimated, {memory_gib:.1f} GiB here"
+    return Fit(recompute, reason, estimate, is_automatic=True)
+
+
+def check_recompute(recipe: Recipe, deepspeed: dict[str, Any] | None) -> None:
+    """RecipeError for a recomputation that was asked for and cannot be."""
+    if recipe.training.recompute == "selective" and zero_stage(deepspeed) == 3:
+        raise RecipeError("training.recompute: selective: TRL refuses it under ZeRO-3; use full or none, or stage 2")
+
+
+def check_agreement(fit: Fit) -> None:
+    """All ranks must have chosen alike; they may not where their devices differ. RecipeError on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, fit.recompute)
+    if len(set(found)) > 1:
+        raise RecipeError(
+            f"training.recompute: auto chose {' and '.join(sorted(set(found)))} on ranks with unlike memory; state it"
+        )
+
+
+@contextmanager
+def name_the_key_when_out_of_memory(fit: Fit) -> Iterator[None]:
+    """Where there is no memory for what `auto` chose, say which key to set. It remains a crash."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        if fit.is_automatic:
+            logger.error("out of memory with %s: set %s", fit, fit.way_out)
+        raise
+
+
+def device_memory_gib(use_cpu: bool) -> float | None:
+    """Memory of this rank's GPU; None on CPU."""
+    if use_cpu or not torch.cuda.is_available():
+        return None
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.cuda.get_device_properties(index).total_memory / GIB
+
+
+def _is_open(recipe: Recipe) -> bool:
+    """Whether the recipe leaves anything to choose."""
+    return recipe.training.recompute == "auto"
+
+
+def _candidates(recipe: Recipe, deepspeed: dict[str, Any] | None) -> Iterator[Recompute]:
+    """From the least recomputation to the most."""
+    asked = recipe.training.recompute
+    if asked != "auto":
+        yield asked
+        return
+    yield "none"
+    if zero_stage(deepspeed) != 3:
+        yield "selective"
+    yield "full"
+
+
+def _without_estimate(recipe: Recipe, why: str) -> Fit:
+    asked = recipe.training.recompute
+    return Fit("full", f"auto: {why}") if asked == "auto" else Fit(asked, "asked for")
