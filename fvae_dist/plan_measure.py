@@ -182,7 +182,7 @@ def _plan(recipe: Recipe, cluster: Cluster) -> Option:
     """The plan of a recipe as it stands."""
     subject = subject_of(recipe, load_config(recipe.model))
     name, fit = own_config(recipe), own_fit(recipe, subject, cluster)
-    choice = make_choice(recipe, subject, name, fit.recompute, cluster.world_size, cluster.gpus_per_node)
+    choice = make_choice(recipe, subject, name, fit.recompute, fit.resident, cluster.world_size, cluster.gpus_per_node)
     training = recipe.training
     load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, recipe.data.max_length)
     return plan_choice(subject, choice, cluster, load)

@@ -13,7 +13,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from fvae_dist.training.checks import check_engine_precision, check_partitioned, check_trainable_parameters
+from fvae_dist.training.checks import (
+    check_engine_precision,
+    check_partitioned,
+    check_resident,
+    check_trainable_parameters,
+)
 from fvae_dist.training.log_window import LOGGED_TERMS
 from fvae_dist.training.throughput import utilisation
 
@@ -34,7 +39,8 @@ class StartupChecks(TrainerCallback):
         if engine is not None:
             check_engine_precision(engine)
             if engine.zero_optimization_stage() == 3:
-                check_partitioned(self.trainer.model)
+                check = check_resident if getattr(self.trainer, "resident_weights", False) else check_partitioned
+                check(self.trainer.model)
         # For dropout of the base model: transformers seeds every rank alike. The adapters' noise is keyed by token.
         torch.manual_seed(args.seed + 1 + args.process_index)
 

@@ -89,7 +89,7 @@ def _memory(prepared: Prepared, deepspeed: dict[str, Any] | None, world_size: in
     recipe = prepared.recipe
     try:
         subject = subject_of(recipe, prepared.config, prepared.attention)
-        choice = choice_of(recipe, subject, deepspeed, prepared.fit.recompute)
+        choice = choice_of(recipe, subject, deepspeed, prepared.fit.recompute, prepared.fit.resident)
         estimate = estimate_memory(subject, choice, world_size, on_cpu=recipe.training.use_cpu is True)
     except PlanError as error:  # training does not need the estimate
         return f"unknown: {error}"

@@ -45,12 +45,14 @@ def subject_of(recipe: Recipe, config: PretrainedConfig, attention: str | None =
     return describe(config, settings, attach)
 
 
-def choice_of(recipe: Recipe, subject: Subject, deepspeed: dict[str, Any] | None, recompute: Recompute) -> Choice:
+def choice_of(
+    recipe: Recipe, subject: Subject, deepspeed: dict[str, Any] | None, recompute: Recompute, resident: bool
+) -> Choice:
     """A choice from a loaded DeepSpeed dict, the sizes that depend on the adapter filled in."""
     config = copy.deepcopy(deepspeed)
     if config is not None:
         size_for_adapter(config, subject.trainable_sizes, subject.base_sizes)
-    return Choice(own_config(recipe), config, recompute)
+    return Choice(own_config(recipe), config, recompute, resident)
 
 
 def own_config(recipe: Recipe) -> str:
@@ -59,7 +61,13 @@ def own_config(recipe: Recipe) -> str:
 
 
 def make_choice(
-    recipe: Recipe, subject: Subject, name: str, recompute: Recompute, world_size: int, gpus_per_node: int
+    recipe: Recipe,
+    subject: Subject,
+    name: str,
+    recompute: Recompute,
+    resident: bool,
+    world_size: int,
+    gpus_per_node: int,
 ) -> Choice:
     """The choice of a DeepSpeed configuration by its path (or "null") on a cluster.
 
@@ -71,7 +79,7 @@ def make_choice(
     deepspeed = load_deepspeed_config(changed, world_size, gpus_per_node)
     if recompute == "selective" and zero_stage(deepspeed) == 3:
         raise RecipeError("TRL refuses selective recomputation under ZeRO-3")
-    return choice_of(changed, subject, deepspeed, recompute)
+    return choice_of(changed, subject, deepspeed, recompute, resident)
 
 
 def deepspeed_configs(recipe: Recipe) -> list[str]:
@@ -83,7 +91,8 @@ def deepspeed_configs(recipe: Recipe) -> list[str]:
 
 def overrides_of(choice: Choice) -> dict[str, Any]:
     """The recipe's keys that a choice decides, with their values."""
-    return {
+    values: dict[str, Any] = {
         "training.deepspeed": None if choice.name == WITHOUT_DEEPSPEED else choice.name,
         "training.recompute": choice.recompute,
     }
+    return values | {"training.resident_weights": choice.resident} if choice.is_zero3 else values

@@ -138,6 +138,11 @@ class TrainingSection(_Section):
         "under ZeRO-3), or all. auto: the least that fits by the planner's estimate; full where the device's memory is "
         "not known (CPU).",
     )
+    resident_weights: Literal["auto"] | bool = Field(
+        "auto",
+        description="Under ZeRO-3 gather the frozen weights once and keep them whole on every GPU, instead of in every "
+        "pass. auto: where they fit by the planner's estimate; false where the device's memory is not known (CPU).",
+    )
     side_loss_tokens: Literal["all", "labelled"] = Field(
         "all", description="Tokens that count in the side loss: all real ones, or only those with a task-loss label."
     )

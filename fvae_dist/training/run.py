@@ -28,7 +28,7 @@ from fvae_dist.training.fingerprint import base_fingerprint
 from fvae_dist.training.fitting import (
     Fit,
     check_agreement,
-    check_recompute,
+    check_asked,
     device_memory_gib,
     fit_recipe,
     name_the_key_when_out_of_memory,
@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     _check_liger(recipe, use_cpu)
     world_size = devices or _env_int("WORLD_SIZE", 1)
     deepspeed = load_deepspeed_config(recipe, world_size)
-    check_recompute(recipe, deepspeed)
+    check_asked(recipe, deepspeed)
     attention, reason = choose_attention(recipe.model, use_cpu)
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -171,6 +171,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "use_cpu",
             "overwrite_output_dir",
             "recompute",
+            "resident_weights",
             "side_loss_tokens",
             "stall_timeout_s",
         }
@@ -238,6 +239,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
         side_loss_tokens=recipe.training.side_loss_tokens,
         telemetry=recipe.logging.telemetry,
         gradient_split_every=recipe.logging.gradient_split_every,
+        resident_weights=prepared.fit.resident,
         base_fingerprint=prepared.base_fingerprint,
     )
     trainer.remove_callback(transformers.PrinterCallback)

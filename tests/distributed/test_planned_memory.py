@@ -25,7 +25,7 @@ from fvae_dist.planning.hardware import GIB
 from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.modeling import load_config
-from fvae_dist.training.planned import choice_of, own_recompute, subject_of
+from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.recipe import Recipe
 from tests.recipes import make_model_folder, make_recipe
 
@@ -245,7 +245,9 @@ def _log(folder: Path, rank: int) -> str:
 def test_memory_is_planned_within_a_tenth(finished, setting):
     recipe = recipe_of(finished, setting)
     subject = subject_of(recipe, load_config(recipe.model), attention="sdpa")
-    choice = choice_of(recipe, subject, load_deepspeed_config(recipe, NUM_RANKS), own_recompute(recipe))
+    choice = choice_of(
+        recipe, subject, load_deepspeed_config(recipe, NUM_RANKS), recipe.training.recompute, resident=False
+    )
     planned = estimate_memory(subject, choice, NUM_RANKS, on_cpu=True)
     sizes = {name: GIB * size for name, size in planned.parts.items()}
     base, states = sizes["base_weights"], sizes["adapter_states"]

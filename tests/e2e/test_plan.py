@@ -83,8 +83,8 @@ def test_report_and_its_numbers(recipe, capsys):
     assert found == SECTIONS
     numbers = json.loads(Path("plan.json").read_text())
     assert numbers["cluster"] == {"gpu": "h100-80", "nodes": 2, "gpus_per_node": 8, "memory_gib": 79.1}
-    # Five configurations, three kinds of recomputation; TRL refuses one of them at stage 3.
-    assert len(numbers["choices"]) == 5 * 3 - 4 and len(numbers["refused"]) == 4
+    # Five configurations, three kinds of recomputation; TRL refuses one of them at stage 3. Two may keep weights.
+    assert len(numbers["choices"]) == 5 * 3 - 4 + 2 * 2 and len(numbers["refused"]) == 4
     assert {row["recompute"] for row in numbers["refused"]} == {"selective"}
     assert all("TRL refuses" in row["reason"] for row in numbers["refused"])
     assert text.count("not recompute selective with ds_configs/zero3.json, ds_configs/zero3_") == 1
@@ -95,7 +95,8 @@ def test_report_and_its_numbers(recipe, capsys):
         assert row["tokens_per_s_per_gpu"] > 0 and row["bound"]
         assert f"{row['needed_gib']:.1f}" in text
     best = numbers["recommended"]
-    assert f"== Recommended: {best['deepspeed']}, recompute {best['recompute']} ==" in text
+    resident = ", resident" if best["resident"] else ""
+    assert f"== Recommended: {best['deepspeed']}{resident}, recompute {best['recompute']} ==" in text
     assert max(sum(parts.values()) for parts in best["moments_gib"].values()) == pytest.approx(best["total_gib"])
     assert all(
         re.search(rf"^{re.escape(label)} +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE) for label in LABELS.values()
@@ -146,6 +147,7 @@ def test_written_overrides_are_taken_by_the_recipe_loader(recipe, capsys):
     before, changed = load_recipe(path), load_recipe(path, written[1::2])
     assert changed.training.deepspeed == best["deepspeed"]
     assert changed.training.recompute == best["recompute"]
+    assert changed.training.resident_weights is best["resident"]
     assert changed != before  # it recommends something else here, or nothing is tested
 
 

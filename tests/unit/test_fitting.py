@@ -17,7 +17,7 @@ from fvae_dist.training.fitting import (
     MARGIN,
     Fit,
     check_agreement,
-    check_recompute,
+    check_asked,
     device_memory_gib,
     fit_recipe,
     fit_subject,
@@ -40,42 +40,67 @@ def fit(recipe, memory_gib, world_size=2):
     return fit_subject(recipe, subject("8b", LENGTH), load_deepspeed_config(recipe, world_size), world_size, memory_gib)
 
 
-def needed(name, recompute, world_size=2):
+def needed(name, recompute, resident=False):
     of = subject("8b", LENGTH)
-    return estimate_memory(of, planned.choice(of, name, recompute), world_size).needed_gib
+    return estimate_memory(of, planned.choice(of, name, recompute, resident=resident), 2).needed_gib
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3", None])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_auto_is_the_least_recomputation_that_fits_with_a_margin(tmp_path, config, recompute):
-    if config == "zero3" and recompute == "selective":
-        pytest.skip("TRL refuses it")
-    memory = needed(config, recompute) / (1 - MARGIN)
-    found = fit(recipe_with(tmp_path, config), memory * 1.001)
-    assert found.recompute == recompute and found.is_automatic
-    assert f"{needed(config, recompute):.1f} GiB estimated, {memory * 1.001:.1f} GiB here" in str(found)
-    if recompute == "full":
-        assert "may not either" in str(fit(recipe_with(tmp_path, config), memory * 0.999))
-    else:
-        assert fit(recipe_with(tmp_path, config), memory * 0.999).recompute != recompute
+def in_order(config):
+    """What auto tries, with what each needs."""
+    recomputes = ["none", "full"] if config == "zero3" else ["none", "selective", "full"]
+    residencies = [True, False] if config == "zero3" else [False]
+    return [(how, stays, needed(config, how, stays)) for how in recomputes for stays in residencies]
 
 
-def test_selective_is_no_candidate_under_zero3(tmp_path):
-    between = needed("zero3", "none") - 0.01
-    assert fit(recipe_with(tmp_path, "zero3"), between / (1 - MARGIN)).recompute == "full"
+@pytest.mark.parametrize("config", ["zero2", "zero3", "zero3_hpz", None])
+def test_auto_is_the_first_that_fits_with_a_margin(tmp_path, config):
+    """The least recomputation; of equal recomputation weights that stay, where there is anything to gather."""
+    config, order = config, in_order("zero3" if config == "zero3_hpz" else config)
+    for memory in [gib / (1 - MARGIN) * change for _, _, gib in order for change in (0.999, 1.001)]:
+        allowed = (1 - MARGIN) * memory
+        expected = next((row for row in order if row[2] <= allowed), order[-1])
+        if config == "zero3_hpz" and not expected[1]:
+            continue  # it holds second shards beside
+        found = fit(recipe_with(tmp_path, config), memory)
+        assert (found.recompute, found.resident) == expected[:2] and found.is_automatic
+        assert f"{expected[2]:.1f} GiB estimated, {memory:.1f} GiB here" in str(found)
+        assert ("nothing fits" in str(found)) == (expected[2] > allowed)
+        assert ("resident weights" in str(found)) == expected[1]
+
+
+def test_everything_fits_a_large_gpu_and_nothing_a_small_one(tmp_path):
+    large, small = (fit(recipe_with(tmp_path, "zero3"), memory) for memory in (500.0, 1.0))
+    assert (large.recompute, large.resident) == ("none", True)
+    assert (small.recompute, small.resident) == ("full", False)
+
+
+@pytest.mark.parametrize("stated", [{"recompute": "full"}, {"resident_weights": False}, {"resident_weights": True}])
+def test_what_is_stated_stays_and_the_rest_is_chosen(tmp_path, stated):
+    found = fit(recipe_with(tmp_path, "zero3", **stated), 500.0)
+    assert found.recompute == stated.get("recompute", "none")
+    assert found.resident == stated.get("resident_weights", True)
+
+
+def test_offloaded_weights_do_not_stay(tmp_path):
+    assert not fit(recipe_with(tmp_path, "zero3_cpu_offload"), 500.0).resident
+    recipe = recipe_with(tmp_path, "zero3_cpu_offload", resident_weights=True)
+    with pytest.raises(RecipeError, match=r"^training\.resident_weights: true contradicts offload_param in .*offload"):
+        check_asked(recipe, load_deepspeed_config(recipe, 2))
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_what_is_stated_is_done_without_an_estimate(tmp_path, monkeypatch, recompute):
     monkeypatch.setattr(fitting, "estimate_memory", None)
     recipe = recipe_with(tmp_path, recompute=recompute)
-    assert fit(recipe, 1.0) == fit_recipe(recipe, None, None, 1, "sdpa", 1.0) == Fit(recompute, "asked for")
+    assert fit(recipe, 1.0) == fit_recipe(recipe, None, None, 1, "sdpa", 1.0) == Fit(recompute, False, "asked for")
+    recipe = recipe_with(tmp_path, "zero3", recompute=recompute, resident_weights=True)
+    assert fit(recipe, 1.0) == Fit(recompute, True, "asked for")
 
 
 def test_without_known_memory_or_an_estimate_everything_is_recomputed(tmp_path, monkeypatch):
     recipe = recipe_with(tmp_path)
     found = fit_recipe(recipe, None, None, 1, "sdpa", None)
-    assert (found.recompute, found.estimate) == ("full", None) and "is not known" in found.reason
+    assert (found.recompute, found.resident, found.estimate) == ("full", False, None) and "is not known" in found.reason
 
     def fail(*args):
         raise PlanError("no decoder layers")
@@ -99,31 +124,31 @@ def test_memory_of_a_device(monkeypatch):
 def test_selective_under_zero3_is_refused(tmp_path):
     recipe = recipe_with(tmp_path, "zero3", recompute="selective")
     with pytest.raises(RecipeError, match=r"^training\.recompute: selective: TRL refuses it under ZeRO-3"):
-        check_recompute(recipe, load_deepspeed_config(recipe, 2))
+        check_asked(recipe, load_deepspeed_config(recipe, 2))
     recipe = recipe_with(tmp_path, "zero2", recompute="selective")
-    check_recompute(recipe, load_deepspeed_config(recipe, 2))
+    check_asked(recipe, load_deepspeed_config(recipe, 2))
 
 
 def test_ranks_that_chose_differently_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    chosen = ["none", "none"]
+    chosen = [("none", True), ("none", True)]
     monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), chosen))
-    check_agreement(Fit("none", ""))
-    chosen[1] = "full"
-    with pytest.raises(RecipeError, match=r"^training\.recompute: auto chose full and none on ranks"):
-        check_agreement(Fit("none", ""))
+    check_agreement(Fit("none", False, ""))
+    chosen[1] = ("none", False)
+    with pytest.raises(RecipeError, match=r"auto chose unlike .*\('none', False\) and \('none', True\); state them"):
+        check_agreement(Fit("none", False, ""))
 
 
 @pytest.mark.parametrize(
     ("fit", "message"),
     [
         (
-            Fit("none", "auto: fits", is_automatic=True),
+            Fit("none", False, "auto: fits", is_automatic=True),
             "with recompute none (auto: fits): set training.recompute: full",
         ),
-        (Fit("full", "auto", is_automatic=True), "set a smaller data.max_length"),
-        (Fit("none", "asked for"), ""),
+        (Fit("full", False, "auto", is_automatic=True), "set a smaller data.max_length"),
+        (Fit("none", False, "asked for"), ""),
     ],
 )
 def test_out_of_memory_under_auto_names_the_key_and_stays_a_crash(caplog, fit, message):
