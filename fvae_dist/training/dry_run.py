@@ -58,6 +58,7 @@ def _model(prepared: Prepared) -> str:
             f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "
             f"{plan.inference_parameters:,} of them at inference",
             f"attention: {prepared.attention} ({prepared.attention_reason})",
+            f"Liger's layers: {'yes' if prepared.liger else 'no'} ({prepared.liger_reason})",
             str(prepared.fit),
         ]
     )
@@ -88,7 +89,7 @@ def _memory(prepared: Prepared, deepspeed: dict[str, Any] | None, world_size: in
     """As `launch/plan.py` plans it, for the recipe as it stands."""
     recipe = prepared.recipe
     try:
-        subject = subject_of(recipe, prepared.config, prepared.attention)
+        subject = subject_of(recipe, prepared.config, prepared.attention, prepared.liger)
         choice = choice_of(recipe, subject, deepspeed, prepared.fit.recompute, prepared.fit.resident)
         estimate = estimate_memory(subject, choice, world_size, on_cpu=recipe.training.use_cpu is True)
     except PlanError as error:  # training does not need the estimate

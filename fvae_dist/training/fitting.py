@@ -61,13 +61,14 @@ def fit_recipe(
     deepspeed: dict[str, Any] | None,
     world_size: int,
     attention: str,
+    liger: bool,
     memory_gib: float | None,
 ) -> Fit:
     """As `fit_subject`, from the model's configuration. Without an estimate: all recomputed, nothing resident."""
     if memory_gib is None or not _is_open(recipe, deepspeed):
         return _without_estimate(recipe, deepspeed, "the device's memory is not known")
     try:
-        return fit_subject(recipe, subject_of(recipe, config, attention), deepspeed, world_size, memory_gib)
+        return fit_subject(recipe, subject_of(recipe, config, attention, liger), deepspeed, world_size, memory_gib)
     except PlanError as error:  # training does not need the estimate
         return _without_estimate(recipe, deepspeed, f"no estimate: {error}")
 

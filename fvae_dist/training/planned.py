@@ -12,30 +12,29 @@ from transformers import PretrainedConfig
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.subject import Settings, Subject, describe
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
+from fvae_dist.training.implementations import planned_attention, planned_liger
 from fvae_dist.training.modeling import attach_adapter
 from fvae_dist.training.recipe import Recipe, RecipeError
 
 WITHOUT_DEEPSPEED = "null"
 
 
-def subject_of(recipe: Recipe, config: PretrainedConfig, attention: str | None = None) -> Subject:
+def subject_of(
+    recipe: Recipe, config: PretrainedConfig, attention: str | None = None, liger: bool | None = None
+) -> Subject:
     """The recipe's model and adapter, on the meta device.
 
     Args:
-        attention: the implementation that was chosen; default: what `auto` takes on a GPU where flash-attn is
-            installed.
+        attention, liger: what was chosen; default: what `auto` takes on a GPU where flash-attn is installed, and
+            Liger as it is here.
     """
     section, training = recipe.model, recipe.training
-    if attention is None:
-        # It needs 16 bits.
-        automatic = "flash_attention_2" if section.dtype != "float32" else "sdpa"
-        attention = automatic if section.attention == "auto" else section.attention
     settings = Settings(
         dtype=section.dtype,
         sequences=training.per_device_train_batch_size,
         length=recipe.data.max_length,
-        attention=attention,
-        liger=training.use_liger_kernel,
+        attention=attention or planned_attention(recipe),
+        liger=planned_liger(recipe, config) if liger is None else liger,
         trust_remote_code=section.trust_remote_code,
     )
 

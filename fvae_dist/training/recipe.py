@@ -49,7 +49,9 @@ class ModelSection(_Section):
         "bfloat16", description="Dtype of the frozen weights and of the large products. Adapters are always fp32."
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
-        "auto", description="auto = flash_attention_2 where it is installed and the device can, else sdpa, else eager."
+        "auto",
+        description="auto = sdpa for rows without padding where it takes cuDNN's kernel (Hopper), else "
+        "flash_attention_2 where it is installed and the device can, else sdpa, else eager.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository brings along.")
     use_safetensors: bool = Field(
@@ -146,7 +148,9 @@ class TrainingSection(_Section):
     side_loss_tokens: Literal["all", "labelled"] = Field(
         "all", description="Tokens that count in the side loss: all real ones, or only those with a task-loss label."
     )
-    use_liger_kernel: bool = Field(False, description="Liger's fused layers where the architecture has them (GPU).")
+    use_liger_kernel: Literal["auto"] | bool = Field(
+        "auto", description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
+    )
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
         "steps", description="When checkpoints are written."
     )

@@ -14,7 +14,6 @@ import torch
 import transformers
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist.training.callbacks import EstimateCheck, PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
@@ -33,12 +32,12 @@ from fvae_dist.training.fitting import (
     fit_recipe,
     name_the_key_when_out_of_memory,
 )
+from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
 from fvae_dist.training.modeling import (
     ModelPlan,
     attach_adapter,
     check_lengths,
     check_weights,
-    choose_attention,
     load_base_model,
     load_config,
     load_tokenizer,
@@ -76,6 +75,8 @@ class Prepared:
     deepspeed: dict[str, Any] | None
     attention: str
     attention_reason: str
+    liger: bool
+    liger_reason: str
     use_cpu: bool
     fit: Fit
     checkpoint: str | None
@@ -98,11 +99,10 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     """
     training = recipe.training
     use_cpu = _use_cpu(recipe)
-    _check_liger(recipe, use_cpu)
     world_size = devices or _env_int("WORLD_SIZE", 1)
     deepspeed = load_deepspeed_config(recipe, world_size)
     check_asked(recipe, deepspeed)
-    attention, reason = choose_attention(recipe.model, use_cpu)
+    attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
         check_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, resume is not None)
@@ -111,6 +111,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     if lock is not None:
         remove_leftovers(Path(training.output_dir))
     config = load_config(recipe.model)
+    liger, liger_reason = choose_liger(recipe, config, use_cpu)
     if not dry_run:
         check_weights(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -120,12 +121,26 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
-    fit = fit_recipe(recipe, config, deepspeed, world_size, attention, device_memory_gib(use_cpu))
+    fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
         clear_output_dir(training.output_dir)
     return Prepared(
-        recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, fit, checkpoint, fingerprint, lock
+        recipe,
+        config,
+        tokenizer,
+        plan,
+        data,
+        deepspeed,
+        attention,
+        reason,
+        liger,
+        liger_reason,
+        use_cpu,
+        fit,
+        checkpoint,
+        fingerprint,
+        lock,
     )
 
 
@@ -138,6 +153,7 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     check_agreement(prepared.fit)
     logger.info("%s", prepared.fit)
     logger.info("attention: %s (%s)", prepared.attention, prepared.attention_reason)
+    logger.info("Liger's layers: %s (%s)", "yes" if prepared.liger else "no", prepared.liger_reason)
     if recipe.model.dtype == "float16":
         logger.warning("model.dtype float16: gradients of fp32 adapters get no loss scaling; bfloat16 is safer")
     model = build_model(prepared, args)
@@ -172,6 +188,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "overwrite_output_dir",
             "recompute",
             "resident_weights",
+            "use_liger_kernel",
             "side_loss_tokens",
             "stall_timeout_s",
         }
@@ -180,6 +197,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         **passed_on,
         gradient_checkpointing=prepared.fit.recompute != "none",
         gradient_checkpointing_kwargs={"selective": True} if prepared.fit.recompute == "selective" else None,
+        use_liger_kernel=prepared.liger,
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
         data_seed=training.seed,
@@ -297,15 +315,6 @@ def _use_cpu(recipe: Recipe) -> bool:
         # DeepSpeed was told so: its half of the run would not touch a GPU.
         return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     return stated
-
-
-def _check_liger(recipe: Recipe, use_cpu: bool) -> None:
-    if not recipe.training.use_liger_kernel:
-        return
-    if use_cpu:
-        raise RecipeError("training.use_liger_kernel: Liger's kernels need a GPU")
-    if not is_liger_kernel_available():
-        raise RecipeError("training.use_liger_kernel: Liger is not installed: `pip install liger-kernel`")
 
 
 def _set_up_process(prepared: Prepared) -> None:

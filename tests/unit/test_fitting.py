@@ -92,21 +92,23 @@ def test_offloaded_weights_do_not_stay(tmp_path):
 def test_what_is_stated_is_done_without_an_estimate(tmp_path, monkeypatch, recompute):
     monkeypatch.setattr(fitting, "estimate_memory", None)
     recipe = recipe_with(tmp_path, recompute=recompute)
-    assert fit(recipe, 1.0) == fit_recipe(recipe, None, None, 1, "sdpa", 1.0) == Fit(recompute, False, "asked for")
+    assert (
+        fit(recipe, 1.0) == fit_recipe(recipe, None, None, 1, "sdpa", False, 1.0) == Fit(recompute, False, "asked for")
+    )
     recipe = recipe_with(tmp_path, "zero3", recompute=recompute, resident_weights=True)
     assert fit(recipe, 1.0) == Fit(recompute, True, "asked for")
 
 
 def test_without_known_memory_or_an_estimate_everything_is_recomputed(tmp_path, monkeypatch):
     recipe = recipe_with(tmp_path)
-    found = fit_recipe(recipe, None, None, 1, "sdpa", None)
+    found = fit_recipe(recipe, None, None, 1, "sdpa", False, None)
     assert (found.recompute, found.resident, found.estimate) == ("full", False, None) and "is not known" in found.reason
 
     def fail(*args):
         raise PlanError("no decoder layers")
 
     monkeypatch.setattr(fitting, "subject_of", fail)
-    found = fit_recipe(recipe, None, None, 1, "sdpa", 80.0)
+    found = fit_recipe(recipe, None, None, 1, "sdpa", False, 80.0)
     assert (found.recompute, found.reason) == ("full", "auto: no estimate: no decoder layers")
 
 
