@@ -111,7 +111,8 @@ def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     write_model(folder / "model", hidden_size=256, intermediate_size=512)
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     settings = {"DS_ACCELERATOR": "cuda", "FVAE_TEST_DTYPE": "bfloat16", "FVAE_TEST_ATTENTION": attention}
-    return run_ranks(folder, tuple(LAYOUTS), settings=settings)
+    resident = (f"resident_{layout}" for layout in RESIDENT_LAYOUTS)
+    return run_ranks(folder, (*LAYOUTS, *resident), settings=settings)
 
 
 def run_ranks(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm
 from transformers import TrainerCallback
 
 from tests.distributed import layouts
@@ -21,14 +20,16 @@ class GatherCounts(TrainerCallback):
     """Elements that collectives gathered, by step, while it trains; losses and metrics are a few a step."""
 
     def __init__(self, trainer: Any):
-        self.trainer = trainer
+        from deepspeed import comm  # takes seconds, which the tests' own process has no use for
+
+        self.trainer, self.comm = trainer, comm
         self.elements: dict[int, int] = {}
         self.originals = {name: getattr(comm, name) for name in GATHERS}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.gathered = self.elements
         for name, original in self.originals.items():
-            setattr(comm, name, self._counting(original))
+            setattr(self.comm, name, self._counting(original))
 
     def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def gather(output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +42,7 @@ class GatherCounts(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         for name, original in self.originals.items():
-            setattr(comm, name, original)
+            setattr(self.comm, name, original)
 
 
 def one_step(run_class: Any, folder: Path, layout: str) -> dict[str, Any]:
