@@ -18,13 +18,14 @@ from fvae_dist.planning.report import LABELS, Plan, json_of, set_lines, text_of
 from fvae_dist.planning.subject import Subject
 from fvae_dist.planning.traffic import Traffic, estimate_traffic
 from fvae_dist.training.data import prepare_data
+from fvae_dist.training.deepspeed_config import load_deepspeed_config
+from fvae_dist.training.fitting import Fit, fit_subject
 from fvae_dist.training.modeling import check_lengths, load_config, load_tokenizer, plan_model
 from fvae_dist.training.planned import (
     deepspeed_configs,
     make_choice,
     overrides_of,
     own_config,
-    own_recompute,
     subject_of,
 )
 from fvae_dist.training.recipe import Recipe, RecipeError
@@ -59,21 +60,25 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
     subject = subject_of(recipe, config)
     load, notes = _load(recipe, args.epoch_tokens)
 
-    def make(name: str, recompute: Recompute, of_size: Cluster) -> Choice:
-        return make_choice(recipe, subject, name, recompute, of_size.world_size, of_size.gpus_per_node)
+    def make(name: str, recompute: Recompute, resident: bool, of_size: Cluster) -> Choice:
+        return make_choice(recipe, subject, name, recompute, resident, of_size.world_size, of_size.gpus_per_node)
 
     options, refused = [], []
-    own = (own_config(recipe), own_recompute(recipe))
-    make(*own, cluster)  # the recipe's own must be sound; any other is only listed
+    fit = own_fit(recipe, subject, cluster)
+    own = make(own_config(recipe), fit.recompute, fit.resident, cluster).key  # must be sound; others are only listed
     for name, recompute in product(deepspeed_configs(recipe), _RECOMPUTES):
         try:
-            options.append(plan_choice(subject, make(name, recompute, cluster), cluster, load))
+            choice = make(name, recompute, False, cluster)
         except RecipeError as error:
             refused.append((name, recompute, str(error)))
+            continue
+        options.append(plan_choice(subject, choice, cluster, load))
+        if choice.can_be_resident:
+            options.append(plan_choice(subject, replace(choice, resident=True), cluster, load))
     best = recommend(options, own)
     if best is None:
         raise RecipeError(_nothing_fits(options, cluster))
-    if subject.traces(best.choice.is_zero3).is_eager:
+    if subject.traces(best.choice.gathers).is_eager:
         notes.append("attention is planned as eager, with its T^2 scores")
     knee = find_knee(subject, best, make, cluster, load)
     return Plan(
@@ -89,9 +94,15 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
         variants=_variants(subject, best, options, cluster, load),
         points=scale(subject, best, make, cluster, load, knee),
         knee=knee,
-        overrides=overrides_of(recipe, best.choice),
+        overrides=overrides_of(best.choice),
         notes=notes,
     )
+
+
+def own_fit(recipe: Recipe, subject: Subject, cluster: Cluster) -> Fit:
+    """What the recipe's own `auto` would choose on this cluster."""
+    deepspeed = load_deepspeed_config(recipe, cluster.world_size, cluster.gpus_per_node)
+    return fit_subject(recipe, subject, deepspeed, cluster.world_size, cluster.gpu.memory_gib)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
@@ -134,7 +145,7 @@ def _variants(
 ) -> dict[str, Traffic]:
     """The recommended choice's traffic; and ZeRO-3's, as it is and with ZeRO++'s two ways of lessening it."""
     variants = {f"recommended: {best.choice.name}": best.step.traffic}
-    plain = [o.choice for o in options if o.choice.is_zero3 and o.choice.hpz == 1 and not o.choice.offload]
+    plain = [o.choice for o in options if o.choice.gathers and o.choice.hpz == 1 and not o.choice.offload]
     alike = [choice for choice in plain if choice.recompute == best.choice.recompute] or plain
     if alike:
         changes: dict[str, dict[str, Any]] = {

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fvae_dist.benchmarking.trial import WARM_UP, Setting, read_logs, run_to_end, train_command, write_inputs
-from fvae_dist.plan_command import write_file
+from fvae_dist.plan_command import own_fit, write_file
 from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
 from fvae_dist.planning.planner import Load, Option, plan_choice
 from fvae_dist.planning.report import option_json
 from fvae_dist.training.modeling import load_config
-from fvae_dist.training.planned import make_choice, own_config, own_recompute, subject_of
+from fvae_dist.training.planned import make_choice, own_config, subject_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
@@ -116,8 +116,8 @@ def _compare(setting: Setting, cluster: Cluster, folder: Path, changes: list[str
 def _plan(recipe: Recipe, cluster: Cluster) -> Option:
     """The plan of a recipe as it stands."""
     subject = subject_of(recipe, load_config(recipe.model))
-    name, recompute = own_config(recipe), own_recompute(recipe)
-    choice = make_choice(recipe, subject, name, recompute, cluster.world_size, cluster.gpus_per_node)
+    name, fit = own_config(recipe), own_fit(recipe, subject, cluster)
+    choice = make_choice(recipe, subject, name, fit.recompute, fit.resident, cluster.world_size, cluster.gpus_per_node)
     training = recipe.training
     load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, recipe.data.max_length)
     return plan_choice(subject, choice, cluster, load)

@@ -61,7 +61,14 @@ def subject_of_config(config: PretrainedConfig, adapter: dict[str, Any], setting
     return describe(config, settings, lambda model: attach_adapter(model, adapter, low_cpu_mem_usage=True))
 
 
-def choice(of: Subject, name: str | None = "zero3", recompute: Recompute = "full", hpz: int = 8, **zero: Any) -> Choice:
+def choice(
+    of: Subject,
+    name: str | None = "zero3",
+    recompute: Recompute = "full",
+    hpz: int = 8,
+    resident: bool = False,
+    **zero: Any,
+) -> Choice:
     """A shipped configuration, as it is for this adapter; `zero` changes its ZeRO section."""
     if name is None:
         return Choice("null", None, recompute)
@@ -71,7 +78,7 @@ def choice(of: Subject, name: str | None = "zero3", recompute: Recompute = "full
         section["zero_hpz_partition_size"] = hpz
     section.update(zero)
     size_for_adapter(config, of.trainable_sizes, of.base_sizes)
-    return Choice(name, config, recompute)
+    return Choice(name, config, recompute, resident)
 
 
 @cache

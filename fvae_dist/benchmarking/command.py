@@ -24,7 +24,7 @@ from fvae_dist.benchmarking.trial import WARM_UP
 from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, REFERENCE, TORCH, AdapterSize, default_dtype
 from fvae_dist.benchmarking.zero3 import TrainingRun, benchmark_training
 from fvae_dist.training.card import package_versions
-from fvae_dist.training.modeling import choose_attention
+from fvae_dist.training.implementations import choose_attention
 from fvae_dist.training.recipe import ModelSection, RecipeError
 
 Measuring = tuple[Report, Iterator[dict[str, Any]]]  # without rows yet, and the rows as they are measured

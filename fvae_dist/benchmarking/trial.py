@@ -81,7 +81,7 @@ def write_inputs(setting: Setting, num_gpus: int, folder: Path) -> Path:
             "output_dir": str(folder / "run"),
             "deepspeed": str(ROOT / "ds_configs" / config),
             "max_steps": setting.steps,
-            "gradient_checkpointing": setting.recompute,
+            "recompute": "full" if setting.recompute else "none",
             "use_liger_kernel": setting.liger,
             "save_strategy": "no",
         },

@@ -20,7 +20,8 @@ from fvae_dist.training.checkpoint_files import sha256
 from fvae_dist.training.checks import StartupError, check_partitioned
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
 from fvae_dist.training.fingerprint import base_fingerprint
-from fvae_dist.training.modeling import check_weights, choose_attention, load_base_model, load_config, load_tokenizer
+from fvae_dist.training.implementations import choose_attention
+from fvae_dist.training.modeling import check_weights, load_base_model, load_config, load_tokenizer
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, TrainingSection, one_line
 from fvae_dist.training.zero3 import treat_vaes_as_leaves
 

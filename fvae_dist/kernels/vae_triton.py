@@ -402,7 +402,7 @@ def backward_latents_kernel(
     SUMS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the decoder's hidden layers before their activation (DEPTH, T, W) and of the trunks before theirs
-    (T, 2H). With SUMS also sums (programs, ...) of the gradients of the trunks' biases, the heads and the decoder's first
+    (T, 2H). With SUMS also sums (programs, ...) of the gradients of the trunks' biases, heads and the decoder's first
     layer, else (where they are too large for a program) the gradient of the posterior (T, 4, R)."""
     ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
     Z: tl.constexpr = 2 * R if CONCAT else R

@@ -1,4 +1,4 @@
-"""One way of running a recipe: a DeepSpeed configuration and what is recomputed in the backward pass."""
+"""One way of running a recipe: a DeepSpeed configuration, what is recomputed, and whether frozen weights stay whole."""
 
 from __future__ import annotations
 
@@ -19,11 +19,24 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A DeepSpeed configuration (its sizes filled in; None: torch's DDP) and a kind of recomputation."""
+    """A DeepSpeed configuration (its sizes filled in; None: torch's DDP) and a kind of recomputation.
+
+    `resident`: at stage 3 the frozen weights are gathered once and stay whole (training/resident.py).
+    """
 
     name: str
     deepspeed: dict[str, Any] | None
     recompute: Recompute
+    resident: bool = False
+
+    @property
+    def key(self) -> tuple[str, Recompute, bool]:
+        """What tells a recipe's choices apart."""
+        return self.name, self.recompute, self.resident
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, resident" if self.resident else self.name
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -38,13 +51,22 @@ class Choice:
         return self.stage == 3
 
     @property
+    def gathers(self) -> bool:
+        """Whether frozen weights are sharded, and gathered in every pass."""
+        return self.is_zero3 and not self.resident
+
+    @property
+    def can_be_resident(self) -> bool:
+        return self.is_zero3 and self.offload is None
+
+    @property
     def hpz(self) -> int:
         """Ranks that hold a second copy of the shards together; 1: there is none."""
-        return int(self.zero.get("zero_hpz_partition_size", 1)) if self.is_zero3 else 1
+        return int(self.zero.get("zero_hpz_partition_size", 1)) if self.gathers else 1
 
     @property
     def has_quantised_gathers(self) -> bool:
-        return self.is_zero3 and bool(self.zero.get("zero_quantized_weights"))
+        return self.gathers and bool(self.zero.get("zero_quantized_weights"))
 
     @property
     def offload(self) -> str | None:

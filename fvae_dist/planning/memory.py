@@ -24,7 +24,7 @@ class MemoryEstimate:
     """GiB of one device at its peak.
 
     Attributes:
-        base_weights_gib: the frozen model, or this rank's shard of it.
+        base_weights_gib: the frozen model, or this rank's shard of it; resident weights keep no shard.
         hpz_copy_gib: the second shards that keep ZeRO++'s gathers inside a node.
         gathered_weights_gib: frozen weights that are whole at that moment.
         adapter_states_gib: adapter parameters, their shards, gradients, master copy and Adam's moments.
@@ -103,8 +103,8 @@ def _always(subject: Subject, choice: Choice, world_size: int) -> dict[str, floa
     """Bytes that are there all the time."""
     width = subject.settings.bytes_per_weight
     base = subject.base_parameters * width
-    shard = base / world_size if choice.is_zero3 else base
-    layer = subject.traces(choice.is_zero3).whole
+    shard = base / world_size if choice.gathers else base
+    layer = subject.traces(choice.gathers).whole
     kept = {"none": 0, "full": layer.input_bytes, "selective": layer.input_bytes + layer.attention_bytes}
     return {
         "base_weights": 0.0 if choice.offload else shard + _persistent(subject, choice, world_size),
@@ -123,7 +123,8 @@ def adapter_bytes(subject: Subject, choice: Choice, world_size: int) -> float:
     elements = subject.trainable_parameters
     if choice.stage == 3:
         threshold = choice.size("stage3_param_persistence_threshold")
-        whole = sum(size for size in subject.trainable_sizes if size <= threshold) if world_size > 1 else 0
+        sizes = (size for size in subject.trainable_sizes if choice.resident or size <= threshold)
+        whole = sum(sizes) if world_size > 1 else 0
         # Shard, master copy, accumulated gradient, two moments.
         return 4.0 * whole + 20.0 * elements / world_size
     if choice.deepspeed is not None and choice.stage > 0:
@@ -134,7 +135,7 @@ def adapter_bytes(subject: Subject, choice: Choice, world_size: int) -> float:
 
 def _persistent(subject: Subject, choice: Choice, world_size: int) -> float:
     """Bytes of frozen tensors so small that every rank keeps them whole."""
-    if not choice.is_zero3 or world_size == 1:
+    if not choice.gathers or world_size == 1:
         return 0.0
     threshold = choice.size("stage3_param_persistence_threshold")
     return sum(s for s in subject.base_sizes if s <= threshold) * subject.settings.bytes_per_weight
@@ -165,7 +166,7 @@ def live_size(subject: Subject, choice: Choice, world_size: int) -> float:
     DeepSpeed's prefetch runs ahead with every submodule until `stage3_max_live_parameters` are whole
     (partitioned_param_coordinator.py); a layer's own weights are gathered whatever that says.
     """
-    if not choice.is_zero3 or (world_size == 1 and not choice.offload):
+    if not choice.gathers or (world_size == 1 and not choice.offload):
         return 0.0
     threshold = choice.size("stage3_param_persistence_threshold")
     gatherable = sum(size for size in subject.base_sizes if size > threshold)
@@ -180,7 +181,7 @@ def _gathered_bytes(subject: Subject, choice: Choice, world_size: int) -> float:
 
 
 def _in_backward(subject: Subject, choice: Choice, world_size: int) -> dict[str, float]:
-    traces = subject.traces(choice.is_zero3)
+    traces = subject.traces(choice.gathers)
     bare, adapted, whole = (_layers_peak(subject, choice, traces, n) for n in ("bare", "adapted", "whole"))
     return {
         "gathered_weights": _gathered_bytes(subject, choice, world_size),
@@ -208,7 +209,7 @@ def _saved_by_others(subject: Subject, choice: Choice, traces: LayerTraces, whic
 def _in_loss(subject: Subject, choice: Choice, world_size: int, on_cpu: bool) -> dict[str, float]:
     settings = subject.settings
     width = settings.bytes_per_weight
-    traces = subject.traces(choice.is_zero3)
+    traces = subject.traces(choice.gathers)
     hidden = settings.num_tokens * subject.hidden
     tokens = min(settings.num_tokens, _LOSS_TOKENS)
     if on_cpu:  # as much of the tile as is written to, and five fp32 copies of it

@@ -17,7 +17,8 @@ _WORTH_A_CHANGE = 1.03
 LARGEST_WORLD = 1024  # of the curve
 _LARGEST_KNEE = 2**14  # nodes
 
-MakeChoice = Callable[[str, Recompute, Cluster], Choice]
+MakeChoice = Callable[[str, Recompute, bool, Cluster], Choice]
+Key = tuple[str, Recompute, bool]
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def plan_choice(subject: Subject, choice: Choice, cluster: Cluster, load: Load) 
     )
 
 
-def recommend(options: Iterable[Option], own: tuple[str, Recompute] | None = None) -> Option | None:
+def recommend(options: Iterable[Option], own: Key | None = None) -> Option | None:
     """The fastest that fits; None if none does.
 
-    Of those within 3 % of it the recipe's `own` (configuration's name, recomputation); else one without offload, with
+    Of those within 3 % of it the recipe's `own` (its `Choice.key`); else one without offload, with
     the least traffic, with the most room, in this order: what hides traffic on paper does not always hide it.
     """
     fitting = [option for option in options if option.fits]
@@ -126,7 +127,7 @@ def recommend(options: Iterable[Option], own: tuple[str, Recompute] | None = Non
     fastest = min(option.step.seconds for option in fitting)
     close = [option for option in fitting if option.step.seconds <= _WORTH_A_CHANGE * fastest]
     for option in close:
-        if (option.choice.name, option.choice.recompute) == own:
+        if option.choice.key == own:
             return option
     return min(
         close,
@@ -199,7 +200,7 @@ def find_knee(subject: Subject, option: Option, make: MakeChoice, cluster: Clust
 
 def _on_nodes(subject: Subject, option: Option, make: MakeChoice, cluster: Cluster, load: Load, nodes: int) -> Option:
     of_size = replace(cluster, nodes=nodes)
-    return plan_choice(subject, make(option.choice.name, option.choice.recompute, of_size), of_size, load)
+    return plan_choice(subject, make(*option.choice.key, of_size), of_size, load)
 
 
 def _traffic_share(option: Option) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import Cluster, constants
 from fvae_dist.planning.memory import PARTS, MemoryEstimate, estimate_moments
-from fvae_dist.planning.planner import Epoch, Knee, Load, Option, Point, epoch_of
+from fvae_dist.planning.planner import Epoch, Key, Knee, Load, Option, Point, epoch_of
 from fvae_dist.planning.subject import Subject
 from fvae_dist.planning.traffic import Traffic
 
@@ -44,7 +44,7 @@ class Plan:
     load: Load
     options: list[Option]
     refused: list[tuple[str, Recompute, str]]
-    own: tuple[str, Recompute]
+    own: Key
     recommended: Option
     variants: dict[str, Traffic]
     points: list[Point]
@@ -152,10 +152,10 @@ def _choices(plan: Plan) -> str:
     rows = []
     for option in plan.options:
         choice, traffic = option.choice, option.step.traffic
-        mark = "*" if option is plan.recommended else "=" if (choice.name, choice.recompute) == plan.own else " "
+        mark = "*" if option is plan.recommended else "=" if choice.key == plan.own else " "
         rows.append(
             (
-                f"{mark} {choice.name}",
+                f"{mark} {choice.label}",
                 choice.recompute,
                 f"{option.memory.needed_gib:.1f}",
                 f"{-option.over_gib:+.1f}",
@@ -170,7 +170,7 @@ def _choices(plan: Plan) -> str:
     for name, recompute, why in plan.refused:
         names.setdefault((recompute, why), []).append(name)
     refused = [f"not recompute {how} with {', '.join(configs)}: {why}" for (how, why), configs in names.items()]
-    legend = "(* recommended, = as the recipe has it; GiB and bytes are one GPU's)"
+    legend = "(* recommended, = as the recipe has it; resident: gathered once; GiB and bytes are one GPU's)"
     return "\n".join([_table(header, rows), legend, *refused])
 
 
@@ -189,7 +189,7 @@ def _recommended(plan: Plan) -> str:
     ]
     if best.host_gib:
         lines.append(f"host       {best.host_gib:.1f} GiB of memory a node for the weights")
-    if (best.choice.name, best.choice.recompute) == plan.own:
+    if best.choice.key == plan.own:
         lines.append("change     nothing: the recipe has it so")
     else:
         lines += [f"set        {line}" for line in set_lines(plan.overrides)]
@@ -277,6 +277,7 @@ def option_json(option: Option) -> dict[str, Any]:
     return {
         "deepspeed": option.choice.name,
         "recompute": option.choice.recompute,
+        "resident": option.choice.resident,
         "fits": option.fits,
         "over_gib": option.over_gib,
         "needed_gib": option.memory.needed_gib,
@@ -301,7 +302,7 @@ def _traffic_json(traffic: Traffic) -> dict[str, Any]:
 
 
 def _name(choice: Choice) -> str:
-    return f"{choice.name}, recompute {choice.recompute}"
+    return f"{choice.label}, recompute {choice.recompute}"
 
 
 def _bytes(number: float) -> str:

@@ -66,7 +66,7 @@ def estimate_step(
     """
     settings, gpu = subject.settings, cluster.gpu
     sequences, length = shape or (settings.sequences, settings.length)
-    traces = subject.traces(choice.is_zero3, (sequences, length))
+    traces = subject.traces(choice.gathers, (sequences, length))
     traffic = estimate_traffic(subject, choice, cluster, accumulation)
     products, elementwise, attention = _layers(subject, choice, traces, gpu, length)
     head_products, head_elementwise = _head(subject, gpu, sequences * length)
@@ -123,8 +123,8 @@ def _head(subject: Subject, gpu: Gpu, num_tokens: int) -> tuple[float, float]:
 
 
 def _host(subject: Subject, choice: Choice, traces: LayerTraces) -> float:
-    """Seconds of Python in one micro-step. At stage 3 DeepSpeed's hooks outweigh the launches, which they include."""
-    if choice.is_zero3:
+    """Seconds of Python in one micro-step. DeepSpeed's hooks for gathers outweigh the launches, which they include."""
+    if choice.gathers:
         modules = subject.num_layers * subject.modules_per_layer * constant("zero3_host_ms_per_module")
         tensors = len(subject.trainable_sizes) * constant("zero3_host_ms_per_adapter_tensor")
         return 1e-3 * choice.passes * (modules + tensors)

@@ -88,7 +88,7 @@ def estimate_traffic(subject: Subject, choice: Choice, cluster: Cluster, accumul
 
 def gathered_by_pass(subject: Subject, choice: Choice) -> dict[str, float]:
     """Elements of frozen weights that a rank gathers in one micro-step, by pass."""
-    if not choice.is_zero3:
+    if not choice.gathers:
         return {"forward": 0.0, "recompute": 0.0, "backward": 0.0}
     threshold = choice.size("stage3_param_persistence_threshold")
     all_weights = sum(size for size in subject.base_sizes if size > threshold)
@@ -131,8 +131,8 @@ def _num_gathers(subject: Subject, choice: Choice, cluster: Cluster, accumulatio
     if cluster.world_size == 1:
         return 0
     reductions = max(1, round(subject.trainable_parameters / max(choice.size("reduce_bucket_size"), 1)))
-    if not choice.is_zero3:
-        return reductions * accumulation
+    if not choice.gathers:
+        return reductions * accumulation + choice.is_zero3  # resident weights' adapters are gathered in one piece
     bucket, threshold = choice.size("stage3_prefetch_bucket_size"), choice.size("stage3_param_persistence_threshold")
     per_layer = filled = 0
     for size in subject.layer_sizes:

@@ -13,11 +13,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from fvae_dist.training.checks import check_engine_precision, check_partitioned, check_trainable_parameters
+from fvae_dist.training.checks import (
+    check_engine_precision,
+    check_partitioned,
+    check_resident,
+    check_trainable_parameters,
+)
 from fvae_dist.training.log_window import LOGGED_TERMS
 from fvae_dist.training.throughput import utilisation
 
 logger = logging.getLogger(__name__)
+ESTIMATE_TOLERANCE = 0.15
 _RENAMED = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/lr"}
 
 
@@ -33,7 +39,8 @@ class StartupChecks(TrainerCallback):
         if engine is not None:
             check_engine_precision(engine)
             if engine.zero_optimization_stage() == 3:
-                check_partitioned(self.trainer.model)
+                check = check_resident if getattr(self.trainer, "resident_weights", False) else check_partitioned
+                check(self.trainer.model)
         # For dropout of the base model: transformers seeds every rank alike. The adapters' noise is keyed by token.
         torch.manual_seed(args.seed + 1 + args.process_index)
 
@@ -59,6 +66,31 @@ class PerformanceLogs(TrainerCallback):
         if self.peak is not None and "perf/tokens_per_s_per_gpu" in logs:
             logs["perf/mfu"], logs["perf/hfu"] = utilisation(
                 logs["perf/tokens_per_s_per_gpu"], self.matmul_parameters, self.peak, recomputes(args)
+            )
+
+
+class EstimateCheck(TrainerCallback):
+    """After this run's first optimizer step: is its peak memory what `auto` chose by?"""
+
+    def __init__(self, estimated_gib: float):
+        self.estimated_gib: float | None = estimated_gib
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.estimated_gib is None or args.device.type != "cuda":
+            return
+        estimated, self.estimated_gib = self.estimated_gib, None
+        measured = peak_memory_gib(args.device)
+        if measured > (1 + ESTIMATE_TOLERANCE) * estimated:
+            logger.warning(
+                "the first step took %.1f GiB on rank %d, where %.1f were estimated; should a later one run out of "
+                "memory, set training.recompute instead of auto",
+                *(measured, args.process_index, estimated),
+            )
+        elif measured < (1 - ESTIMATE_TOLERANCE) * estimated and state.is_world_process_zero:
+            logger.warning(
+                "the first step took %.1f GiB, where %.1f were estimated for sequences of data.max_length: if all are "
+                "as short, less recomputation than training.recompute: auto chose may fit",
+                *(measured, estimated),
             )
 
 

@@ -52,6 +52,17 @@ def check_engine_precision(engine: Any) -> None:
             raise StartupError(f"an optimizer master weight is {parameter.dtype}, not float32")
 
 
+def check_resident(model: nn.Module) -> None:
+    """With resident weights every frozen parameter is whole.
+
+    Raises:
+        StartupError: one is a shard: no hook would gather it.
+    """
+    shards = [name for name, p in model.named_parameters() if not p.requires_grad and hasattr(p, "ds_id")]
+    if shards:
+        raise StartupError(f"{len(shards)} frozen parameters are still ZeRO-3's, {shards[0]} first")
+
+
 def check_partitioned(model: nn.Module) -> None:
     """Under ZeRO-3 every frozen parameter is a shard.
 

@@ -14,7 +14,7 @@ from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.planning.report import memory_table
 from fvae_dist.training.data import render_example
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
-from fvae_dist.training.planned import choice_of, own_recompute, subject_of
+from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.run import Prepared
 
 _SHOWN_CHARACTERS = 4000
@@ -58,6 +58,8 @@ def _model(prepared: Prepared) -> str:
             f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "
             f"{plan.inference_parameters:,} of them at inference",
             f"attention: {prepared.attention} ({prepared.attention_reason})",
+            f"Liger's layers: {'yes' if prepared.liger else 'no'} ({prepared.liger_reason})",
+            str(prepared.fit),
         ]
     )
 
@@ -87,8 +89,8 @@ def _memory(prepared: Prepared, deepspeed: dict[str, Any] | None, world_size: in
     """As `launch/plan.py` plans it, for the recipe as it stands."""
     recipe = prepared.recipe
     try:
-        subject = subject_of(recipe, prepared.config, prepared.attention)
-        choice = choice_of(recipe, subject, deepspeed, own_recompute(recipe))
+        subject = subject_of(recipe, prepared.config, prepared.attention, prepared.liger)
+        choice = choice_of(recipe, subject, deepspeed, prepared.fit.recompute, prepared.fit.resident)
         estimate = estimate_memory(subject, choice, world_size, on_cpu=recipe.training.use_cpu is True)
     except PlanError as error:  # training does not need the estimate
         return f"unknown: {error}"

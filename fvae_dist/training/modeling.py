@@ -17,13 +17,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_flash_attn_2_available
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, unknown_key
 
 logger = logging.getLogger(__name__)
-FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 
 
 @dataclass(frozen=True)
@@ -229,38 +228,6 @@ def _adapter_problem(error: Exception, known: set[str]) -> str:
     if message.lower().startswith("target modules"):
         return f"adapter.target_modules: {message}"
     return f"adapter: {message}" if isinstance(error, ValueError) else f"adapter: {type(error).__name__}: {message}"
-
-
-def choose_attention(section: ModelSection, use_cpu: bool) -> tuple[str, str]:
-    """The attention implementation and the reason for it.
-
-    Raises:
-        RecipeError: flash_attention_2 was asked for and cannot run here; with the install line where it is missing.
-    """
-    obstacle = _flash_obstacle(section, use_cpu)
-    if section.attention == "flash_attention_2":
-        if obstacle:
-            raise RecipeError(f"model.attention: flash_attention_2 cannot run here: {obstacle}")
-        return "flash_attention_2", "asked for"
-    if section.attention != "auto":
-        return section.attention, "asked for"
-    if obstacle is None:
-        return "flash_attention_2", "auto: flash-attn is installed and the device can"
-    if hasattr(torch.nn.functional, "scaled_dot_product_attention"):
-        return "sdpa", f"auto: no flash_attention_2 ({obstacle})"
-    return "eager", f"auto: neither flash_attention_2 ({obstacle}) nor sdpa"
-
-
-def _flash_obstacle(section: ModelSection, use_cpu: bool) -> str | None:
-    if use_cpu or not torch.cuda.is_available():
-        return f"no CUDA device here; on one it needs `{FLASH_INSTALL}`"
-    if not is_flash_attn_2_available():
-        return f"flash-attn is not installed: `{FLASH_INSTALL}`"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    if section.dtype == "float32":
-        return "it needs model.dtype bfloat16 or float16"
-    return None
 
 
 def load_base_model(recipe: Recipe, config: PretrainedConfig, attention: str) -> torch.nn.Module:

@@ -12,30 +12,29 @@ from transformers import PretrainedConfig
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.subject import Settings, Subject, describe
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
+from fvae_dist.training.implementations import planned_attention, planned_liger
 from fvae_dist.training.modeling import attach_adapter
 from fvae_dist.training.recipe import Recipe, RecipeError
 
 WITHOUT_DEEPSPEED = "null"
 
 
-def subject_of(recipe: Recipe, config: PretrainedConfig, attention: str | None = None) -> Subject:
+def subject_of(
+    recipe: Recipe, config: PretrainedConfig, attention: str | None = None, liger: bool | None = None
+) -> Subject:
     """The recipe's model and adapter, on the meta device.
 
     Args:
-        attention: the implementation that was chosen; default: what `auto` takes on a GPU where flash-attn is
-            installed.
+        attention, liger: what was chosen; default: what `auto` takes on a GPU where flash-attn is installed, and
+            Liger as it is here.
     """
     section, training = recipe.model, recipe.training
-    if attention is None:
-        # It needs 16 bits.
-        automatic = "flash_attention_2" if section.dtype != "float32" else "sdpa"
-        attention = automatic if section.attention == "auto" else section.attention
     settings = Settings(
         dtype=section.dtype,
         sequences=training.per_device_train_batch_size,
         length=recipe.data.max_length,
-        attention=attention,
-        liger=training.use_liger_kernel,
+        attention=attention or planned_attention(recipe),
+        liger=planned_liger(recipe, config) if liger is None else liger,
         trust_remote_code=section.trust_remote_code,
     )
 
@@ -45,12 +44,14 @@ def subject_of(recipe: Recipe, config: PretrainedConfig, attention: str | None =
     return describe(config, settings, attach)
 
 
-def choice_of(recipe: Recipe, subject: Subject, deepspeed: dict[str, Any] | None, recompute: Recompute) -> Choice:
+def choice_of(
+    recipe: Recipe, subject: Subject, deepspeed: dict[str, Any] | None, recompute: Recompute, resident: bool
+) -> Choice:
     """A choice from a loaded DeepSpeed dict, the sizes that depend on the adapter filled in."""
     config = copy.deepcopy(deepspeed)
     if config is not None:
         size_for_adapter(config, subject.trainable_sizes, subject.base_sizes)
-    return Choice(own_config(recipe), config, recompute)
+    return Choice(own_config(recipe), config, recompute, resident)
 
 
 def own_config(recipe: Recipe) -> str:
@@ -58,15 +59,14 @@ def own_config(recipe: Recipe) -> str:
     return str(Path(recipe.training.deepspeed)) if recipe.training.deepspeed else WITHOUT_DEEPSPEED
 
 
-def own_recompute(recipe: Recipe) -> Recompute:
-    """What the recipe recomputes in the backward pass."""
-    if not recipe.training.gradient_checkpointing:
-        return "none"
-    return "selective" if recipe.training.gradient_checkpointing_kwargs.get("selective") else "full"
-
-
 def make_choice(
-    recipe: Recipe, subject: Subject, name: str, recompute: Recompute, world_size: int, gpus_per_node: int
+    recipe: Recipe,
+    subject: Subject,
+    name: str,
+    recompute: Recompute,
+    resident: bool,
+    world_size: int,
+    gpus_per_node: int,
 ) -> Choice:
     """The choice of a DeepSpeed configuration by its path (or "null") on a cluster.
 
@@ -78,7 +78,7 @@ def make_choice(
     deepspeed = load_deepspeed_config(changed, world_size, gpus_per_node)
     if recompute == "selective" and zero_stage(deepspeed) == 3:
         raise RecipeError("TRL refuses selective recomputation under ZeRO-3")
-    return choice_of(changed, subject, deepspeed, recompute)
+    return choice_of(changed, subject, deepspeed, recompute, resident)
 
 
 def deepspeed_configs(recipe: Recipe) -> list[str]:
@@ -88,15 +88,10 @@ def deepspeed_configs(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys([own, *sorted(str(path) for path in folder.glob("*.json"))]))
 
 
-def overrides_of(recipe: Recipe, choice: Choice) -> dict[str, Any]:
+def overrides_of(choice: Choice) -> dict[str, Any]:
     """The recipe's keys that a choice decides, with their values."""
-    kwargs = {k: v for k, v in recipe.training.gradient_checkpointing_kwargs.items() if k != "selective"}
-    if choice.recompute == "selective":
-        kwargs["selective"] = True
     values: dict[str, Any] = {
         "training.deepspeed": None if choice.name == WITHOUT_DEEPSPEED else choice.name,
-        "training.gradient_checkpointing": choice.recompute != "none",
+        "training.recompute": choice.recompute,
     }
-    if kwargs != recipe.training.gradient_checkpointing_kwargs:
-        values["training.gradient_checkpointing_kwargs"] = kwargs
-    return values
+    return values | {"training.resident_weights": choice.resident} if choice.is_zero3 else values

@@ -49,7 +49,9 @@ class ModelSection(_Section):
         "bfloat16", description="Dtype of the frozen weights and of the large products. Adapters are always fp32."
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
-        "auto", description="auto = flash_attention_2 where it is installed and the device can, else sdpa, else eager."
+        "auto",
+        description="auto = sdpa for rows without padding where it takes cuDNN's kernel (Hopper), else "
+        "flash_attention_2 where it is installed and the device can, else sdpa, else eager.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository brings along.")
     use_safetensors: bool = Field(
@@ -132,16 +134,23 @@ class TrainingSection(_Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta 2.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0: no clipping.")
-    gradient_checkpointing: bool = Field(True, description="Recompute each decoder layer in the backward pass.")
-    gradient_checkpointing_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Passed to torch.utils.checkpoint; use_reentrant: true is refused. selective: true keeps the "
-        "outputs of attention (not under ZeRO-3).",
+    recompute: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="What of each decoder layer the backward pass computes again: nothing, all but attention (not "
+        "under ZeRO-3), or all. auto: the least that fits by the planner's estimate; full where the device's memory is "
+        "not known (CPU).",
+    )
+    resident_weights: Literal["auto"] | bool = Field(
+        "auto",
+        description="Under ZeRO-3 gather the frozen weights once and keep them whole on every GPU, instead of in every "
+        "pass. auto: where they fit by the planner's estimate; false where the device's memory is not known (CPU).",
     )
     side_loss_tokens: Literal["all", "labelled"] = Field(
         "all", description="Tokens that count in the side loss: all real ones, or only those with a task-loss label."
     )
-    use_liger_kernel: bool = Field(False, description="Liger's fused layers where the architecture has them (GPU).")
+    use_liger_kernel: Literal["auto"] | bool = Field(
+        "auto", description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
+    )
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
         "steps", description="When checkpoints are written."
     )
@@ -158,29 +167,6 @@ class TrainingSection(_Section):
         if value == 0:
             raise ValueError("must be > 0, or -1 to let num_train_epochs decide")
         return value
-
-    @field_validator("gradient_checkpointing_kwargs")
-    @classmethod
-    def _exact_checkpointing(cls, value: dict[str, Any]) -> dict[str, Any]:
-        known = {
-            "use_reentrant": (False,),
-            "preserve_rng_state": (True,),
-            "determinism_check": ("default", "none"),
-            "selective": (True, False),
-        }
-        for key, given in value.items():
-            if key not in known:
-                raise ValueError(f"{key}: {unknown_key(key, list(known))}")
-            if key == "use_reentrant" and given is True:
-                raise ValueError(
-                    "use_reentrant: true is refused: reentrant checkpointing silently drops the side loss's gradient; "
-                    "remove it (non-reentrant is the default)"
-                )
-            if key == "preserve_rng_state" and given is False:
-                raise ValueError("preserve_rng_state: false is refused: recomputation would draw other noise")
-            if not any(given is allowed or (isinstance(given, str) and given == allowed) for allowed in known[key]):
-                raise ValueError(f"{key}: must be {' or '.join(map(str, known[key])).lower()}, got {given!r}")
-        return {"use_reentrant": False, **value} if value else value
 
 
 class EvaluationSection(_Section):
@@ -257,8 +243,14 @@ class Recipe(_Section):
         return self
 
 
+# Names of transformers' that say the same as a key here, far from it as they are spelt.
+_SYNONYMS = {"gradient_checkpointing": "recompute", "gradient_checkpointing_kwargs": "recompute"}
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """The message for an unknown key: the nearest known one."""
+    if _SYNONYMS.get(key) in known:
+        return f"unknown key; did you mean {_SYNONYMS[key]}?"
     folded = {name.lower(): name for name in known}
     nearest = difflib.get_close_matches(key.lower(), list(folded), n=1, cutoff=0.0)
     return f"unknown key; did you mean {folded[nearest[0]]}?" if nearest else "unknown key"

@@ -14,10 +14,9 @@ import torch
 import transformers
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
-from fvae_dist.training.callbacks import PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
+from fvae_dist.training.callbacks import EstimateCheck, PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
 from fvae_dist.training.card import write_model_card
 from fvae_dist.training.checkpoint_files import remove_leftovers
 from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
@@ -25,12 +24,20 @@ from fvae_dist.training.control import StallWatchdog, StopOnSignal, StopSignal, 
 from fvae_dist.training.data import PreparedData, prepare_data
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
 from fvae_dist.training.fingerprint import base_fingerprint
+from fvae_dist.training.fitting import (
+    Fit,
+    check_agreement,
+    check_asked,
+    device_memory_gib,
+    fit_recipe,
+    name_the_key_when_out_of_memory,
+)
+from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
 from fvae_dist.training.modeling import (
     ModelPlan,
     attach_adapter,
     check_lengths,
     check_weights,
-    choose_attention,
     load_base_model,
     load_config,
     load_tokenizer,
@@ -68,7 +75,10 @@ class Prepared:
     deepspeed: dict[str, Any] | None
     attention: str
     attention_reason: str
+    liger: bool
+    liger_reason: str
     use_cpu: bool
+    fit: Fit
     checkpoint: str | None
     base_fingerprint: str
     lock: IO[str] | None
@@ -89,11 +99,10 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     """
     training = recipe.training
     use_cpu = _use_cpu(recipe)
-    _check_liger(recipe, use_cpu)
-    deepspeed = load_deepspeed_config(recipe, devices or _env_int("WORLD_SIZE", 1))
-    if training.gradient_checkpointing_kwargs.get("selective") and zero_stage(deepspeed) == 3:
-        raise RecipeError("training.gradient_checkpointing_kwargs: selective: TRL refuses it under ZeRO-3; use stage 2")
-    attention, reason = choose_attention(recipe.model, use_cpu)
+    world_size = devices or _env_int("WORLD_SIZE", 1)
+    deepspeed = load_deepspeed_config(recipe, world_size)
+    check_asked(recipe, deepspeed)
+    attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
         check_output_dir(training.output_dir, checkpoint, training.overwrite_output_dir, resume is not None)
@@ -102,6 +111,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     if lock is not None:
         remove_leftovers(Path(training.output_dir))
     config = load_config(recipe.model)
+    liger, liger_reason = choose_liger(recipe, config, use_cpu)
     if not dry_run:
         check_weights(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -111,11 +121,26 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
+    fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
         clear_output_dir(training.output_dir)
     return Prepared(
-        recipe, config, tokenizer, plan, data, deepspeed, attention, reason, use_cpu, checkpoint, fingerprint, lock
+        recipe,
+        config,
+        tokenizer,
+        plan,
+        data,
+        deepspeed,
+        attention,
+        reason,
+        liger,
+        liger_reason,
+        use_cpu,
+        fit,
+        checkpoint,
+        fingerprint,
+        lock,
     )
 
 
@@ -125,7 +150,10 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     _set_up_process(prepared)
     args = build_arguments(prepared)
     start_process_group(args)
+    check_agreement(prepared.fit)
+    logger.info("%s", prepared.fit)
     logger.info("attention: %s (%s)", prepared.attention, prepared.attention_reason)
+    logger.info("Liger's layers: %s (%s)", "yes" if prepared.liger else "no", prepared.liger_reason)
     if recipe.model.dtype == "float16":
         logger.warning("model.dtype float16: gradients of fp32 adapters get no loss scaling; bfloat16 is safer")
     model = build_model(prepared, args)
@@ -135,7 +163,8 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     for callback in prepared.make_callbacks(trainer):
         trainer.add_callback(callback)
 
-    result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    with name_the_key_when_out_of_memory(prepared.fit):
+        result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if stopper.stopped_at is not None:
         if trainer.checkpoint_writer.last_error is not None:
             raise trainer.checkpoint_writer.last_error
@@ -157,14 +186,18 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "deepspeed",
             "use_cpu",
             "overwrite_output_dir",
-            "gradient_checkpointing_kwargs",
+            "recompute",
+            "resident_weights",
+            "use_liger_kernel",
             "side_loss_tokens",
             "stall_timeout_s",
         }
     )
     return SFTConfig(
         **passed_on,
-        gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs or None,
+        gradient_checkpointing=prepared.fit.recompute != "none",
+        gradient_checkpointing_kwargs={"selective": True} if prepared.fit.recompute == "selective" else None,
+        use_liger_kernel=prepared.liger,
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
         data_seed=training.seed,
@@ -224,12 +257,15 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
         side_loss_tokens=recipe.training.side_loss_tokens,
         telemetry=recipe.logging.telemetry,
         gradient_split_every=recipe.logging.gradient_split_every,
+        resident_weights=prepared.fit.resident,
         base_fingerprint=prepared.base_fingerprint,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters
     trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
+    if prepared.fit.estimate is not None:
+        trainer.add_callback(EstimateCheck(prepared.fit.estimate.total_gib))
     trainer.add_callback(ProgressLine())
     if recipe.training.stall_timeout_s:
         trainer.add_callback(StallWatchdog(recipe.training.stall_timeout_s))
@@ -279,15 +315,6 @@ def _use_cpu(recipe: Recipe) -> bool:
         # DeepSpeed was told so: its half of the run would not touch a GPU.
         return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     return stated
-
-
-def _check_liger(recipe: Recipe, use_cpu: bool) -> None:
-    if not recipe.training.use_liger_kernel:
-        return
-    if use_cpu:
-        raise RecipeError("training.use_liger_kernel: Liger's kernels need a GPU")
-    if not is_liger_kernel_available():
-        raise RecipeError("training.use_liger_kernel: Liger is not installed: `pip install liger-kernel`")
 
 
 def _set_up_process(prepared: Prepared) -> None:

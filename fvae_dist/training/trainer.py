@@ -35,6 +35,7 @@ from fvae_dist.training.batches import (
 from fvae_dist.training.gradient_checkpointing import keep_selective, refuse_reentrant, use_non_reentrant
 from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
+from fvae_dist.training.resident import make_resident
 from fvae_dist.training.saving import save_adapter
 from fvae_dist.training.zero3 import drop_stale_forward_stack, treat_vaes_as_leaves
 
@@ -59,6 +60,8 @@ class FVAETrainerMixin(_TrainerBase):
         telemetry: log the ELBO's terms and warn of collapsed, runaway or clamped latents.
         gradient_split_every: every so many steps also log gradient/{task,side}/{encoder1,encoder2,decoder,lora_B}, the
             norms of the two losses' gradients; such a step costs three. 0: never.
+        resident_weights: under ZeRO-3 gather the frozen weights once, for good (`resident.py`). Needs checkpoints that
+            hold no frozen weights: ResumableTrainerMixin's.
 
     Raises:
         ValueError: reentrant gradient checkpointing was asked for: it would silently drop the side loss's gradient; or
@@ -72,6 +75,7 @@ class FVAETrainerMixin(_TrainerBase):
         side_loss_tokens: SideLossTokens = "all",
         telemetry: bool = True,
         gradient_split_every: int = 0,
+        resident_weights: bool = False,
         **kwargs: Any,
     ):
         trainer_args = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -84,7 +88,8 @@ class FVAETrainerMixin(_TrainerBase):
         self._fvae_layers = [module for module in self.model.modules() if isinstance(module, FVAELinear)]
         self._refuse_inference_only()
         self._prepare_collator()
-        if self._zero3():
+        self.resident_weights = resident_weights and self._zero3()
+        if self._zero3() and not resident_weights:  # without hooks on modules there is nothing to save on them
             treat_vaes_as_leaves(self.model)
         # Skipping non-finite losses in the logs would hide what _stop_if_not_finite stops at.
         self.args.logging_nan_inf_filter = False
@@ -111,6 +116,12 @@ class FVAETrainerMixin(_TrainerBase):
         if getattr(collator, "pad_to_multiple_of", None):
             raise ValueError("pad_to_multiple_of with packing: its padding cannot be told from tokens; leave it out")
         self.data_collator = WithLengths(collator)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.resident_weights:
+            make_resident(self.deepspeed)
+        return prepared
 
     def _refuse_inference_only(self) -> None:
         for layer in self._fvae_layers:

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from tests.distributed.layouts import LAYOUTS, one_process
+from tests.distributed.resident import LAYOUTS as RESIDENT_LAYOUTS
 from tests.distributed.tiny import rows, write_large_model, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,8 @@ SCENARIOS = (
     *LAYOUTS,
     "offload",
     "hpz",
+    *(f"resident_{layout}" for layout in RESIDENT_LAYOUTS),
+    "resident_run",
     "whole_run",
     "gradient_split",
     "five_steps",
@@ -108,7 +111,8 @@ def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     write_model(folder / "model", hidden_size=256, intermediate_size=512)
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     settings = {"DS_ACCELERATOR": "cuda", "FVAE_TEST_DTYPE": "bfloat16", "FVAE_TEST_ATTENTION": attention}
-    return run_ranks(folder, tuple(LAYOUTS), settings=settings)
+    resident = (f"resident_{layout}" for layout in RESIDENT_LAYOUTS)
+    return run_ranks(folder, (*LAYOUTS, *resident), settings=settings)
 
 
 def run_ranks(

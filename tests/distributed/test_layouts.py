@@ -8,13 +8,13 @@ import torch
 from fvae_dist import side_loss
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.training.gradient_split import KINDS, kind_of
-from tests.distributed import layouts
+from tests.distributed import layouts, resident
 from tests.distributed.tiny import attach, load, pad_rows, rows
 
 pytestmark = pytest.mark.distributed
 
 RTOL = 1e-5  # fp32: sums over tokens and ranks are added in another order
-LAYOUTS = [*layouts.LAYOUTS, "offload", "hpz"]
+LAYOUTS = [*layouts.LAYOUTS, "offload", "hpz", *(f"resident_{layout}" for layout in resident.LAYOUTS)]
 
 
 @pytest.fixture(scope="module")

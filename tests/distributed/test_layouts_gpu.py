@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from tests.distributed import layouts
+from tests.distributed import layouts, resident
 from tests.distributed.tiny import attach, load, pad_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 LOSS_RTOL = 1e-3
 FROM_FP32 = 1e-1  # of the norm of all adapter gradients together
 FROM_EACH_OTHER = {"left": 1e-1, "else": 2e-2}
+LAYOUTS = [*layouts.LAYOUTS, *(f"resident_{layout}" for layout in resident.LAYOUTS)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def distance(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_step_equals_one_process_in_fp32(two_gpus, reference, layout, rank):
     result = two_gpus.result(layout, rank)
     log = result["log"][0]
@@ -42,9 +43,9 @@ def test_step_equals_one_process_in_fp32(two_gpus, reference, layout, rank):
     assert off["task"] < LOSS_RTOL and off["neg_elbo"] < LOSS_RTOL and off["gradient"] < FROM_FP32
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_with_each_other(two_gpus, layout):
     first = two_gpus.result("z3_sft_full")["gradients"]
     off = distance(two_gpus.result(layout)["gradients"], first)
     print(f"{layout}: {off:.1e}")
-    assert off < FROM_EACH_OTHER.get(layouts.LAYOUTS[layout][-1], FROM_EACH_OTHER["else"])
+    assert off < FROM_EACH_OTHER.get(layouts.LAYOUTS[layout.removeprefix("resident_")][-1], FROM_EACH_OTHER["else"])

@@ -25,7 +25,7 @@ from fvae_dist.planning.hardware import GIB
 from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.modeling import load_config
-from fvae_dist.training.planned import choice_of, own_recompute, subject_of
+from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.recipe import Recipe
 from tests.recipes import make_model_folder, make_recipe
 
@@ -44,8 +44,9 @@ SIZES = {
     "max_position_embeddings": LENGTH,
 }
 ADAPTER = {"r": 64, "encoder_hidden": 128, "target_modules": ["q_proj", "v_proj"], "decoder_hidden": 128}
-# Name -> recomputation, ZeRO section. DeepSpeed's limits at a toy's size: three of four layers may be whole at a time;
-# no overlap at stage 2, whose second bucket would be allocated and never written to.
+# Name -> recomputation, ZeRO section; weights are resident where the name says so. DeepSpeed's limits at a toy's size:
+# three of four layers may be whole at a time; no overlap at stage 2, whose second bucket would be allocated and never
+# written to.
 SETTINGS = {
     "zero3": (
         True,
@@ -59,6 +60,7 @@ SETTINGS = {
         },
     ),
     "zero2": (False, {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False}),
+    "zero3_resident": (False, {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}),
 }
 
 
@@ -79,7 +81,8 @@ def recipe_of(folder: Path, setting: str) -> Recipe:
         training={
             "output_dir": str(folder / "runs" / setting),
             "deepspeed": str(folder / f"{setting}.json"),
-            "gradient_checkpointing": SETTINGS[setting][0],
+            "recompute": "full" if SETTINGS[setting][0] else "none",
+            "resident_weights": setting.endswith("resident"),
             "max_steps": STEPS,
             "use_cpu": True,
             "save_strategy": "no",
@@ -244,17 +247,24 @@ def _log(folder: Path, rank: int) -> str:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_memory_is_planned_within_a_tenth(finished, setting):
     recipe = recipe_of(finished, setting)
-    subject = subject_of(recipe, load_config(recipe.model), attention="sdpa")
-    choice = choice_of(recipe, subject, load_deepspeed_config(recipe, NUM_RANKS), own_recompute(recipe))
+    subject = subject_of(recipe, load_config(recipe.model), attention="sdpa", liger=False)
+    deepspeed, training = load_deepspeed_config(recipe, NUM_RANKS), recipe.training
+    choice = choice_of(recipe, subject, deepspeed, training.recompute, training.resident_weights)
     planned = estimate_memory(subject, choice, NUM_RANKS, on_cpu=True)
     sizes = {name: GIB * size for name, size in planned.parts.items()}
     base, states = sizes["base_weights"], sizes["adapter_states"]
     # Between the steps: at stage 3 the gradient bucket stays, at stage 2 the rank's share of the gradients goes too.
     elements = subject.trainable_parameters
     states += 4 * choice.size("reduce_bucket_size") if choice.is_zero3 else -4 * elements / NUM_RANKS
+    if choice.resident:
+        states -= 4 * elements  # between the steps adapters are shards
     step = sum(sizes.values()) - base - states
     for rank in range(NUM_RANKS):
         seen = json.loads((finished / f"{setting}.{rank}.json").read_text())
+        if choice.resident:  # loaded in shards, whole before the first step
+            assert seen["base_weights"] == pytest.approx(base / NUM_RANKS, rel=TOLERANCE)
+            seen["adapter_states"] -= round(base / NUM_RANKS)
+            seen["base_weights"] += round(base / NUM_RANKS)
         assert seen["base_weights"] == pytest.approx(base, rel=TOLERANCE)
         assert seen["adapter_states"] == pytest.approx(states, rel=TOLERANCE)
         assert seen["step"] == pytest.approx(step, rel=TOLERANCE)

@@ -39,7 +39,7 @@ from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.zero3 import skip_shared_memory_operator
-from tests.distributed import layouts
+from tests.distributed import layouts, resident
 from tests.distributed.tiny import attach, load, pad_rows, rows
 
 ROOT = Path(__file__).parents[2]
@@ -441,6 +441,7 @@ def elastic(folder: Path) -> dict[str, Any]:
         "zero2": {"stage": 2, "micro_batch": 1, "accumulation": 4},
         "zero0": {"stage": 0, "micro_batch": 4, "accumulation": 1},
         "ddp": {"stage": None, "micro_batch": 2, "accumulation": 2},
+        "resident": {"stage": 3, "micro_batch": 2, "accumulation": 2, "trainer_arguments": resident.RESIDENT},
     }
     arguments = {"lr_scheduler_type": "linear"}
     return {
@@ -498,6 +499,7 @@ SCENARIOS: dict[str, Any] = {
     **{layout: partial(one_step, layout=layout) for layout in layouts.LAYOUTS},
     "offload": partial(one_step, layout="z3_sft_full", config="zero3_cpu_offload.json"),
     "hpz": partial(one_step, layout="z3_sft_full", config="zero3_hpz.json", zero={"zero_hpz_partition_size": 2}),
+    **{name: partial(scenario, Run) for name, scenario in resident.SCENARIOS.items()},
     "whole_run": whole_run,
     "gradient_split": gradient_split,
     "five_steps": five_steps,

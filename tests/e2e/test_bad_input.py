@@ -85,7 +85,7 @@ def test_what_is_no_recipe(refused, text, line):
         ("training.per_device_train_batch_size=0", "--set training.per_device_train_batch_size: "),
         (
             "training.gradient_checkpointing_kwargs={use_reentrant: true}",
-            "--set training.gradient_checkpointing_kwargs",
+            "--set training.gradient_checkpointing_kwargs: unknown key; did you mean recompute?",
         ),
         ("evaluation.strategy=epoch", "--set evaluation.strategy: needs data.eval"),
         ("training.use_cpu=false", "training.use_cpu: false, but there is no CUDA device"),

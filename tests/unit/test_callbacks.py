@@ -17,7 +17,7 @@ from fvae_dist.training.callbacks import (
     peak_memory_gib,
     recomputes,
 )
-from fvae_dist.training.checks import StartupError
+from fvae_dist.training.checks import StartupError, check_resident
 from fvae_dist.training.log_window import LOGGED_TERMS
 from tests.models import tiny_adapter, tiny_model
 
@@ -76,6 +76,14 @@ def test_startup_refuses_adapters_in_16_bits_and_a_trainable_base():
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
     with pytest.raises(StartupError, match="belongs to the frozen base"):
         begin(model)
+
+
+def test_startup_refuses_a_resident_weight_that_is_a_shard():
+    model = tiny_model("llama").requires_grad_(False)
+    check_resident(model)
+    model.lm_head.weight.ds_id = 5
+    with pytest.raises(StartupError, match=r"1 frozen parameters are still ZeRO-3's, lm_head\.weight first"):
+        check_resident(model)
 
 
 # -------------------------------------------------------------------------------------------------------- performance

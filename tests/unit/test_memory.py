@@ -68,6 +68,22 @@ def test_peak_is_the_largest_moment():
     assert estimate(subject("405b", 512, "LORA"), world_size=1024).moment == "the loss"
 
 
+def test_resident_weights_are_whole_and_nothing_is_gathered():
+    of, width = subject(), 2
+    gathered, resident, zero2 = estimate(), estimate(resident=True), estimate(name="zero2")
+    assert resident.base_weights_gib == zero2.base_weights_gib == pytest.approx(width * of.base_parameters / GIB)
+    assert resident.gathered_weights_gib == 0 < gathered.gathered_weights_gib
+    assert resident.communication_gib < gathered.communication_gib  # no buffer that gathers arrive in
+    assert resident.adapter_states_gib == gathered.adapter_states_gib  # the shipped threshold keeps them whole anyway
+    assert resident.adapter_states_gib < zero2.adapter_states_gib + 4 * of.trainable_parameters / GIB
+    # Stock linears do not keep the inputs of frozen weights, as ZeRO-3's do.
+    assert (
+        estimate(recompute="none", resident=True).layer_activations_gib
+        < estimate(recompute="none").layer_activations_gib
+    )
+    assert estimate(name="zero3_hpz", resident=True).hpz_copy_gib == 0
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_grows_with_the_length(name):
     totals = [estimate(subject(length=n, peft_type="LORA"), name).total_gib for n in (512, 8192, 524288)]

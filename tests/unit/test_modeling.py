@@ -8,12 +8,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaForCausalLM
 
 from fvae_dist import FVAELoraConfig
-from fvae_dist.training import modeling
 from fvae_dist.training.modeling import (
     attach_adapter,
     build_peft_config,
     check_lengths,
-    choose_attention,
     load_base_model,
     load_config,
     load_tokenizer,
@@ -256,48 +254,6 @@ def test_baselines_train_what_they_infer_with(folder):
     recipe.adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
     counted = plan_model(recipe, load_config(recipe.model))
     assert counted.trainable_parameters == counted.inference_parameters == 2 * 2 * (32 + 32)
-
-
-# ---------------------------------------------------------------------------------------------------------- attention
-
-
-def section(**settings) -> ModelSection:
-    return ModelSection(name_or_path="x", **settings)
-
-
-def test_auto_attention_gives_its_reason():
-    assert choose_attention(section(), use_cpu=True)[0] == "sdpa"
-    assert "no CUDA device here" in choose_attention(section(), use_cpu=True)[1]
-    assert choose_attention(section(attention="eager"), use_cpu=True) == ("eager", "asked for")
-
-
-def test_flash_attention_asked_for_on_cpu_is_refused_with_the_install_line():
-    with pytest.raises(RecipeError, match=r"^model\.attention: flash_attention_2 .*pip install flash-attn"):
-        choose_attention(section(attention="flash_attention_2"), use_cpu=True)
-
-
-@pytest.mark.parametrize(
-    ("installed", "capability", "dtype", "obstacle"),
-    [
-        (False, (9, 0), "bfloat16", "pip install flash-attn --no-build-isolation"),
-        (True, (7, 5), "bfloat16", "compute capability"),
-        (True, (9, 0), "float32", "needs model.dtype"),
-        (True, (9, 0), "bfloat16", None),
-    ],
-)
-def test_flash_attention_on_a_gpu(monkeypatch, installed, capability, dtype, obstacle):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: installed)
-    asked = section(attention="flash_attention_2", dtype=dtype)
-    chosen, reason = choose_attention(section(dtype=dtype), use_cpu=False)
-    if obstacle is None:
-        assert choose_attention(asked, use_cpu=False) == ("flash_attention_2", "asked for")
-        assert chosen == "flash_attention_2"
-    else:
-        assert chosen == "sdpa" and obstacle in reason
-        with pytest.raises(RecipeError, match=obstacle):
-            choose_attention(asked, use_cpu=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

@@ -19,7 +19,7 @@ def plan(name="zero3", recompute="full", nodes=1, gpus=8, of=None, gpu=H100, loa
 
 def make_for(of):
     """As plan_command makes a choice for each number of nodes."""
-    return lambda name, recompute, cluster: choice(of, name, recompute, hpz=cluster.gpus_per_node)
+    return lambda name, recompute, resident, cluster: choice(of, name, recompute, cluster.gpus_per_node, resident)
 
 
 # ---------------------------------------------------------------------------------------------------------- recommended
@@ -55,8 +55,8 @@ def test_recipes_own_choice_stands_where_another_gains_little():
     seconds = faster.step.seconds
     near = replace(own, step=replace(faster.step, host_s=1.02 * seconds))
     far = replace(own, step=replace(faster.step, host_s=1.10 * seconds))
-    assert recommend([faster, near], ("zero3", "full")) is near
-    assert recommend([faster, far], ("zero3", "full")) is faster
+    assert recommend([faster, near], ("zero3", "full", False)) is near
+    assert recommend([faster, far], ("zero3", "full", False)) is faster
 
 
 def test_of_equally_fast_choices_the_plainest_is_taken():

@@ -41,6 +41,14 @@ def test_without_recomputation_there_are_two_passes():
     assert passes["recompute"] == 0 and passes["backward"] > traffic().gathered["backward"]
 
 
+def test_resident_weights_move_adapters_alone():
+    of = subject()
+    resident = traffic(resident=True)
+    assert resident.gathered == {"forward": 0, "recompute": 0, "backward": 0}
+    assert resident.in_node_bytes == pytest.approx(8 * of.trainable_parameters * 31 / 32)
+    assert resident.latency_s < 0.1 * traffic().latency_s
+
+
 def test_lower_stages_move_gradients_alone():
     of = subject()
     share = 31 / 32

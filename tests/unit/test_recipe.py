@@ -212,22 +212,21 @@ def test_learning_rate_is_finite_and_positive(refusal, value):
         ("training.seed=4294967296", "less than 4294967296"),
         ("data.train.0.weight=1e300", "less than or equal to 1000"),
         (f"training.output_dir={5000 * 'x'}", "longer than a name can be"),
-        ("training.gradient_checkpointing_kwargs.use_reentrant=true", "reentrant checkpointing silently drops"),
-        ("training.gradient_checkpointing_kwargs.use_reentrant='false'", "must be false"),
-        ("training.gradient_checkpointing_kwargs.preserve_rng_state=false", "would draw other noise"),
-        ("training.gradient_checkpointing_kwargs.use_rentrant=true", "did you mean use_reentrant?"),
+        ("training.recompute=half", "Input should be 'auto', 'none', 'selective' or 'full'"),
+        ("training.recompute=false", "Input should be 'auto'"),
         ("data=5", "must be a mapping of keys (got 5)"),
     ],
 )
 def test_values_that_cannot_be_run_are_refused(refusal, override, word):
     message = refusal(RECIPE, override)
-    assert message.startswith(f"--set {override.partition('=')[0].partition('_kwargs.')[0]}")
+    assert message.startswith(f"--set {override.partition('=')[0]}")
     assert word in message
 
 
-def test_checkpointing_options_stay_non_reentrant(load):
-    recipe = load(RECIPE, "training.gradient_checkpointing_kwargs.determinism_check=none")
-    assert recipe.training.gradient_checkpointing_kwargs == {"use_reentrant": False, "determinism_check": "none"}
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "gradient_checkpointing_kwargs.use_reentrant"])
+def test_transformers_names_of_recomputation_lead_to_recompute(refusal, key):
+    expected = f"--set training.{key.partition('.')[0]}: unknown key; did you mean recompute?"
+    assert refusal(RECIPE, f"training.{key}=true") == expected
 
 
 @pytest.mark.parametrize("key", ["strategy: steps", "at_start: true", "at_end: true"])

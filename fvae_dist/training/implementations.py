@@ -1,0 +1,115 @@
+"""Which attention and which layers are run, and why: chosen once, before anything is loaded, and logged."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+
+from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
+
+FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
+# Several documents in one row; rows of unlike length side by side; one row, as long as it is.
+Rows = Literal["packed", "padded", "single"]
+# Where torch prefers cuDNN's attention to its own flash kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+_CUDNN_CAPABILITIES, _CUDNN_VERSION = ((9, 0), (10, 0)), 90900
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """What a micro-batch of the recipe's training data is like."""
+    if recipe.data.packing:
+        return "packed"
+    return "single" if recipe.training.per_device_train_batch_size == 1 else "padded"
+
+
+def choose_attention(section: ModelSection, use_cpu: bool, rows: Rows = "padded") -> tuple[str, str]:
+    """The attention implementation and the reason for it.
+
+    Measured on an H200, forward and backward, TFLOP/s at 8k and 32k tokens: cuDNN's kernel 513 and 540, flash-attn 2.8
+    302 and 342. SDPA takes cuDNN's where it needs no mask: transformers then passes is_causal alone. Packed and padded
+    rows need a mask there, which only slower kernels take; flash-attn leaves the padding out and is told where each
+    document begins.
+
+    Raises:
+        RecipeError: flash_attention_2 was asked for and cannot run here; with the install line where it is missing.
+    """
+    obstacle = _flash_obstacle(section, use_cpu)
+    if section.attention == "flash_attention_2":
+        if obstacle:
+            raise RecipeError(f"model.attention: flash_attention_2 cannot run here: {obstacle}")
+        return "flash_attention_2", "asked for"
+    if section.attention != "auto":
+        return section.attention, "asked for"
+    if not hasattr(torch.nn.functional, "scaled_dot_product_attention"):
+        return ("flash_attention_2", "auto: no sdpa") if obstacle is None else ("eager", f"auto: no sdpa; {obstacle}")
+    if rows == "single" and _sdpa_takes_cudnn(section, use_cpu):
+        return "sdpa", "auto: rows without padding, for which it takes cuDNN's kernel, the fastest on this GPU"
+    if obstacle is None:
+        return "flash_attention_2", f"auto: {rows} rows; flash-attn is installed and the device can"
+    slower = "" if rows == "single" or use_cpu else f"; slower kernels, because {rows} rows need a mask"
+    return "sdpa", f"auto: no flash_attention_2 ({obstacle}){slower}"
+
+
+def planned_attention(recipe: Recipe) -> str:
+    """What `auto` takes on a GPU that is not here, with flash-attn installed."""
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    # flash-attn needs 16 bits.
+    return "sdpa" if recipe.model.dtype == "float32" or rows_of(recipe) == "single" else "flash_attention_2"
+
+
+def _flash_obstacle(section: ModelSection, use_cpu: bool) -> str | None:
+    if use_cpu or not torch.cuda.is_available():
+        return f"no CUDA device here; on one it needs `{FLASH_INSTALL}`"
+    if not is_flash_attn_2_available():
+        return f"flash-attn is not installed: `{FLASH_INSTALL}`"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if section.dtype == "float32":
+        return "it needs model.dtype bfloat16 or float16"
+    return None
+
+
+def _sdpa_takes_cudnn(section: ModelSection, use_cpu: bool) -> bool:
+    if use_cpu or not torch.cuda.is_available() or section.dtype == "float32":
+        return False
+    enabled = torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) >= _CUDNN_VERSION
+    return enabled and torch.cuda.get_device_capability() in _CUDNN_CAPABILITIES
+
+
+def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tuple[bool, str]:
+    """Whether Liger's layers (norm, gated unit, rotary embedding) are used, and the reason.
+
+    The head stays TRL's, which makes no whole logits either: TRL switches Liger's fused linear cross-entropy off,
+    because it would replace the forward that holds its own.
+
+    Raises:
+        RecipeError: it was asked for and cannot be used here.
+    """
+    asked = recipe.training.use_liger_kernel
+    if asked is False:
+        return False, "asked for"
+    obstacle = "Liger's kernels need a GPU" if use_cpu else _liger_obstacle(config)
+    if asked is True:
+        if obstacle:
+            raise RecipeError(f"training.use_liger_kernel: {obstacle}")
+        return True, "asked for"
+    return obstacle is None, f"auto: {obstacle or 'installed, and it knows ' + config.model_type}"
+
+
+def planned_liger(recipe: Recipe, config: PretrainedConfig) -> bool:
+    """What `auto` takes on a GPU that is not here, with the packages that are."""
+    asked = recipe.training.use_liger_kernel
+    return asked if asked != "auto" else _liger_obstacle(config) is None
+
+
+def _liger_obstacle(config: PretrainedConfig) -> str | None:
+    if not is_liger_kernel_available():
+        return "Liger is not installed: `pip install liger-kernel`"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"Liger has no layers for {config.model_type}"
+    return None

@@ -1,0 +1,98 @@
+"""Scenarios of frozen weights that are gathered once: the worker's layouts and its whole run again, and what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tests.distributed import layouts
+
+LAYOUTS = ("z3_sft_full", "z3_sft_off")
+RESIDENT = {"resident_weights": True}
+GATHERS = {"all_gather": 0, "all_gather_into_tensor": 0, "allgather_fn": 0}  # position of what is filled
+
+
+class GatherCounts(TrainerCallback):
+    """Elements that collectives gathered, by step, while it trains; losses and metrics are a few a step."""
+
+    def __init__(self, trainer: Any):
+        from deepspeed import comm  # takes seconds, which the tests' own process has no use for
+
+        self.trainer, self.comm = trainer, comm
+        self.elements: dict[int, int] = {}
+        self.originals = {name: getattr(comm, name) for name in GATHERS}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.gathered = self.elements
+        for name, original in self.originals.items():
+            setattr(self.comm, name, self._counting(original))
+
+    def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def gather(output: Any, *args: Any, **kwargs: Any) -> Any:
+            step = self.trainer.state.global_step
+            size = output.numel() if isinstance(output, torch.Tensor) else sum(part.numel() for part in output)
+            self.elements[step] = self.elements.get(step, 0) + size
+            return original(output, *args, **kwargs)
+
+        return gather
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for name, original in self.originals.items():
+            setattr(self.comm, name, original)
+
+
+def one_step(run_class: Any, folder: Path, layout: str) -> dict[str, Any]:
+    """A layout's step with resident weights, the gradients of task and side loss apart in one of them."""
+    arguments = RESIDENT | ({"gradient_split_every": 1} if layout == "z3_sft_off" else {})
+    return run_class(folder, f"resident_{layout}", **layouts.settings(layout), trainer_arguments=arguments).train()
+
+
+def whole_run(run_class: Any, folder: Path) -> dict[str, Any]:
+    """The worker's `whole_run` with resident weights: checkpoints and evaluation between steps, its adapter saved."""
+    arguments = {
+        "num_train_epochs": 2,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    run = run_class(
+        folder,
+        "resident_run",
+        steps=-1,
+        num_rows=11,
+        micro_batch=2,
+        arguments=arguments,
+        trainer_arguments=RESIDENT,
+        callbacks=(GatherCounts,),
+    )
+    trainer = run.build()
+    linear = torch.nn.functional.linear
+    try:
+        trainer.train()
+        trainer.save_model(str(run.output / "adapter"))
+        evaluation = trainer.evaluate()["eval_loss"]
+        with torch.no_grad():
+            batch = torch.tensor([[2, 3, 4]])
+            generated = trainer.model.generate(input_ids=batch, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        return run.results() | {
+            "gathered": trainer.gathered,
+            "evaluation": evaluation,
+            "generated": generated,
+            "sharded": [name for name, p in trainer.model.named_parameters() if hasattr(p, "ds_id")],
+            "linear_was_put_back": torch.nn.functional.linear is not linear,
+            "num_hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules()),
+        }
+    finally:
+        run.close()
+
+
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
+    **{f"resident_{layout}": lambda run, folder, of=layout: one_step(run, folder, of) for layout in LAYOUTS},
+    "resident_run": whole_run,
+}
