@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, here and in child processes
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:

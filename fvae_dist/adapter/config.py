@@ -73,7 +73,7 @@ class FVAELoraConfig(PeftConfig):
     )
     detach_input: bool = _field(False, "Stop the side loss's gradient into the layer's input.")
     kernel: Literal["auto", "torch", "fused"] = _field(
-        "auto", "torch, fused (Triton, on a GPU), or fused where it can be."
+        "auto", "torch, or fused (Triton, on a GPU); auto: torch, for now."
     )
     inference_only: bool = _field(False, "Encoder 1 and B alone, as saved for use without training.")
 

@@ -28,7 +28,8 @@ PER_TOKEN = (*_GIVEN, "wasserstein", "clamped")
 
 class TokenStatistics(NamedTuple):
     """Of one layer's forward, detached, fp32 (float64): terms per token (...); means and clamped log-variances of q1
-    and q2 (..., R); for the tokens of `r2_sample` x as it is (S, D) and the squared error of its reconstruction (S)."""
+    and q2 (..., R); for the tokens of `r2_sample` x and its reconstruction (S, D), as the layer computes, or instead of
+    the latter its squared error (S,): whichever a layer does not have is empty."""
 
     nll: Tensor
     kl_z1: Tensor
@@ -40,6 +41,7 @@ class TokenStatistics(NamedTuple):
     mean2: Tensor
     logvar2: Tensor
     x: Tensor
+    xhat: Tensor
     squared_error: Tensor
 
     @property
@@ -55,8 +57,7 @@ def token_statistics(
     given = (terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, *q1, *q2)
     sample = r2_sample(neg_elbo.numel(), x.device)
     x, xhat = (part.detach().reshape(-1, part.shape[-1])[sample] for part in (x, xhat))
-    squared_error = (wide(x) - wide(xhat)).square().sum(-1)
-    return TokenStatistics(*(tensor.detach() for tensor in (*given, x, squared_error)))
+    return TokenStatistics(*(tensor.detach() for tensor in (*given, x, xhat, x.new_empty(0))))
 
 
 @lru_cache(maxsize=8)
@@ -99,11 +100,15 @@ def sums_over_tokens(statistics: Sequence[TokenStatistics], mask: Tensor) -> dic
         sums[f"{key}_sq"] = weights.double() @ mean.square()
     weights = weights[r2_sample(len(weights), weights.device)]
     measured = weights.sum().double()
-    x = wide(torch.stack([of.x for of in statistics]))
+    x, xhat, squared_error = (
+        wide(torch.stack([getattr(of, key) for of in statistics])) for key in ("x", "xhat", "squared_error")
+    )
+    if xhat.numel():
+        squared_error = (x - xhat).square().sum(-1)
     mean = (weights @ x).double() / measured.clamp(min=1)
     within = (x - mean.to(x.dtype)[:, None]).square().sum(-1)
     sums["r2_tokens"] = measured.expand(count)
-    sums["x_error"] = (torch.stack([of.squared_error for of in statistics]) @ weights).double()
+    sums["x_error"] = (squared_error @ weights).double()
     sums["x_within"] = (within @ weights).double()
     sums["x_mean"] = measured * mean
     sums["x_mean_sq"] = measured * mean.square().sum(-1)

@@ -189,11 +189,8 @@ def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 @lru_cache
-def _log_choice(reason: str | None) -> None:
-    if reason:
-        logger.warning("adapter kernel: torch, because %s", reason)
-    else:
-        logger.info("adapter kernel: fused (Triton)")
+def _log_fused() -> None:
+    logger.info("adapter kernel: fused (Triton)")
 
 
 def _fused_spec(config: FVAELoraConfig) -> tuple[Spec, str | None]:
@@ -275,17 +272,16 @@ class FactorizedVAE(Fp32Module):
         return z1, loss, *token_statistics(terms, loss, q1, q2, x, xhat)
 
     def _is_fused(self, x: Tensor) -> bool:
-        """Whether the kernels compute this forward; the choice is logged once."""
-        choice = self.config.kernel
-        if choice == "torch" or (choice == "auto" and not x.is_cuda):
+        """Whether the kernels compute this forward: so far only where asked for. Logged once."""
+        if self.config.kernel != "fused":
             return False
         reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
         if reason is None and not self.encoder1.mean.weight.numel():
             reason = "ZeRO-3 gathers the adapter's weights one by one; FVAETrainerMixin makes each adapter one unit"
-        if reason and choice == "fused":
+        if reason:
             raise ValueError(f"kernel 'fused' cannot be used: {reason}; use 'auto' or 'torch'")
-        _log_choice(reason)
-        return reason is None
+        _log_fused()
+        return True
 
     def _fused_forward(self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool):
         rows = x.reshape(-1, x.shape[-1])
@@ -306,7 +302,7 @@ class FactorizedVAE(Fp32Module):
             mean2,
             logvar2.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT),
         )
-        return z1, loss, *terms, *posterior, rows.detach()[sample], out.squared_error[sample]
+        return z1, loss, *terms, *posterior, rows.detach()[sample], rows.new_empty(0), out.squared_error[sample]
 
     def _fused_parameters(self) -> Parameters:
         trunks: list[Any] = [encoder.trunk.linears[0] for encoder in (self.encoder1, self.encoder2)]

@@ -135,13 +135,13 @@ class TrainingSection(_Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0: no clipping.")
     recompute: Literal["auto", "none", "selective", "full"] = Field(
-        "auto",
+        "full",
         description="What of each decoder layer the backward pass computes again: nothing, all but attention (not "
         "under ZeRO-3), or all. auto: the least that fits by the planner's estimate; full where the device's memory is "
         "not known (CPU).",
     )
     resident_weights: Literal["auto"] | bool = Field(
-        "auto",
+        False,
         description="Under ZeRO-3 gather the frozen weights once and keep them whole on every GPU, instead of in every "
         "pass. auto: where they fit by the planner's estimate; false where the device's memory is not known (CPU).",
     )

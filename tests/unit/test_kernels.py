@@ -1,0 +1,307 @@
+"""The fused kernels in Triton's interpreter, beside their plain-torch reference. On a GPU: test_gpu.py."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fvae_dist import side_loss
+from fvae_dist.adapter import vae as vae_module
+from fvae_dist.adapter.noise import LayerNoise, TokenNoise
+from fvae_dist.adapter.objective import TokenTerms, coefficients, neg_elbo
+from fvae_dist.adapter.telemetry import TokenStatistics, sums_over_tokens
+from fvae_dist.adapter.vae import FactorizedVAE
+from tests.adapted import IDS
+from tests.models import randomise, tiny_adapter, tiny_model
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+from peft import get_peft_model
+
+from fvae_dist.kernels import fused_vae
+
+pytestmark = pytest.mark.skipif(
+    not fused_vae._kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
+)
+OBJECTIVES = ("official", "paper", "vae2lat", "beta_vae2lat")
+FP32_RTOL, BF16_RTOL = 1e-4, 1.6e-2
+SALT = -987_654_321_987_654
+
+
+def make(features: int, **settings) -> FactorizedVAE:
+    """A VAE as trained: nothing is zero, outputs of each layer are of the order of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    module = FactorizedVAE(features, tiny_adapter(**{"z2_prior_std": 1.3, **settings}))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.2 if parameter.dim() < 2 else parameter.shape[1] ** -0.5
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def run(module: FactorizedVAE, x: torch.Tensor, kernel: str) -> dict[str, torch.Tensor]:
+    """Outputs and all gradients of a task loss of z1 and a weighted sum of the token losses."""
+    generator = torch.Generator().manual_seed(7)
+    module.config.kernel = kernel
+    x = x.detach().clone().requires_grad_()
+    keys = torch.randint(-(2**62), 2**62, (len(x),), generator=generator)
+    z1, loss = module(x, LayerNoise(keys, SALT))
+    task = torch.randn(z1.shape, generator=generator).to(z1.dtype)
+    weights = torch.rand(loss.shape, generator=generator).to(z1.dtype)
+    module.zero_grad()
+    ((z1 * task).sum() + (loss * weights).sum()).backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"z1": z1.detach(), "loss": loss.detach(), "x": x.grad, **gradients}
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest relative error in norm, and of what."""
+    assert found.keys() == expected.keys()
+    return max(
+        (float((found[name].double() - value).norm() / value.norm().clamp(min=1e-30)), name)
+        for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_tokens", "features", "settings"),
+    [
+        (1, 40, {}),
+        (3, 70, {"encoder_hidden": 5, "decoder_hidden": 20, "decoder_layers": 3}),
+        (125, 33, {"decoder_layers": 1, "latent_fusion": "average"}),
+        (37, 96, {"r": 16, "encoder_hidden": 16, "decoder_hidden": 128, "decoder_layers": 3}),
+        (20, 64, {"r": 40, "encoder_hidden": 36, "decoder_layers": 3}),
+        (5, 32, {"r": 128, "encoder_hidden": 128, "latent_fusion": "average"}),
+        (9, 48, {"encoder_dropout": 0.0, "decoder_dropout": 0.3}),
+        (9, 48, {"encoder_dropout": 0.5, "decoder_dropout": 0.0, "encoder_hidden": 3}),
+        *((17, 48, {"objective": objective}) for objective in OBJECTIVES),
+    ],
+    ids=str,
+)
+def test_outputs_and_gradients_are_those_of_float64(num_tokens, features, settings, dtype):
+    module = make(features, **settings)
+    x = torch.randn(num_tokens, features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = run(copy.deepcopy(module).double(), x.double(), "torch")
+    found = run(module, x, "fused")
+    assert found["x"].dtype == dtype and all(value.dtype == torch.float32 for n, value in found.items() if n != "x")
+    error, name = worst(found, expected)
+    # A few tokens' ReLU patterns may flip in bf16; with more of them the flips average out.
+    limit = FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL
+    assert error < limit, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_are_equal_and_nothing_is_read_before_it_is_written(dtype):
+    module = make(40, decoder_layers=3)
+    x = torch.randn(19, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    first = run(module, x, "fused")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        second = run(module, x, "fused")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, second[name]) and value.isfinite().all() for name, value in first.items())
+
+
+def test_outlier_features_and_clamped_variances():
+    """Channels a thousand times the others, and log-variances at their limits, where no gradient passes."""
+    module = make(64, encoder_dropout=0.0, decoder_dropout=0.0)
+    with torch.no_grad():
+        for encoder, limit in ((module.encoder1, 25.0), (module.encoder2, -30.0)):
+            encoder.logvar.weight.zero_()
+            encoder.logvar.bias.fill_(limit)
+    x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
+    x[:, :3] *= 1000
+    expected = run(copy.deepcopy(module).double(), x.double(), "torch")
+    found = run(module, x, "fused")
+    clamped = [name for name, value in expected.items() if not value.any()]
+    assert clamped and all(not found[name].any() for name in clamped)
+    assert worst(found, expected)[0] < FP32_RTOL
+
+
+def test_input_without_gradient():
+    module = make(40)
+    module.config.kernel = "fused"
+    x, noise = torch.randn(5, 40), LayerNoise(torch.arange(5), SALT)
+    results = []
+    for needs_gradient in (True, False):
+        module.zero_grad()
+        z1, loss = module(x.clone().requires_grad_(needs_gradient), noise)
+        (z1.sum() + loss.sum()).backward()
+        results.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize("num_tokens", [7, 600])
+def test_statistics_are_those_of_the_plain_path(num_tokens):
+    module, sums = make(24), {}
+    x = torch.randn(1, num_tokens, 24, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(num_tokens).remainder(3).gt(0).float()[None]
+    for kernel in ("torch", "fused"):
+        module.config.kernel = kernel
+        _, _, *statistics = module(x, LayerNoise(torch.arange(num_tokens) * 77, SALT), True)
+        sums[kernel] = sums_over_tokens([TokenStatistics(*statistics)], mask)
+    assert sums["fused"].keys() == sums["torch"].keys()
+    for key, value in sums["torch"].items():
+        torch.testing.assert_close(sums["fused"][key], value, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_coefficients_are_the_objective(objective):
+    config = tiny_adapter(objective=objective, z2_prior_std=1.7, z2_prior_mean=0.4)
+    terms = torch.rand(5, 11, dtype=torch.double)
+    nll, kl_z1, z1_sq, z2_sq, kl_z2 = terms
+    has_kl_z2 = objective in ("vae2lat", "beta_vae2lat")
+    expected = neg_elbo(TokenTerms(nll, kl_z1, z1_sq, z2_sq, kl_z2 if has_kl_z2 else None), config)
+    c = coefficients(config)
+    found = c.nll * nll + c.kl_z1 * kl_z1 + c.kl_z2 * kl_z2 + c.z1_sq * z1_sq + c.z2_sq * z2_sq + c.constant
+    torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- in a model
+
+
+def model_step(kernel: str, checkpointing: bool = False, keyed: bool = True) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = randomise(
+        get_peft_model(tiny_model("llama"), tiny_adapter(kernel=kernel, target_modules=["q_proj", "v_proj"]))
+    )
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    noise = TokenNoise({"input_ids": IDS}, seed=3, step=4) if keyed else None
+    torch.manual_seed(5)
+    with side_loss.collect(model, noise=noise) as collected:
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    (loss + collected.neg_elbo).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": loss.detach(), "neg_elbo": collected.neg_elbo.detach(), **gradients, **collected.terms}
+
+
+def test_model_does_not_depend_on_the_kernel():
+    expected, found = model_step("torch"), model_step("fused")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = 1e-5 * float(value.abs().max())
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_checkpointing_changes_no_bit(keyed):
+    plain, recomputed = (model_step("fused", checkpointing, keyed) for checkpointing in (False, True))
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
+
+
+def test_noise_of_the_generator_is_new_in_each_layer_and_forward():
+    module = make(24)
+    module.config.kernel = "fused"
+    torch.manual_seed(1)
+    x = torch.randn(6, 24)
+    first, second = module(x)[0], module(x)[0]
+    torch.manual_seed(1)
+    x = torch.randn(6, 24)
+    assert torch.equal(module(x)[0], first) and not torch.equal(first, second)
+
+
+# --------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"encoder_layers": 2}, "encoder_layers 2 is not 1"),
+        ({"encoder_shared_trunk": False}, "encoder_shared_trunk is off"),
+        ({"detach_input": True}, "detach_input is on"),
+        ({"decoder_layers": 0}, r"decoder_layers 0 is not in 1 \.\. 3"),
+        ({"decoder_layers": 4}, r"decoder_layers 4 is not in 1 \.\. 3"),
+        ({"r": 129}, "r 129 is above 128"),
+        ({"decoder_hidden": 200}, "decoder_hidden 200 is above 128"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_do_is_refused_with_its_reason(settings, reason):
+    module = make(16, **settings, kernel="fused")
+    with pytest.raises(ValueError, match=f"kernel 'fused' cannot be used: {reason}"):
+        module(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_refused(dtype):
+    module = make(16, kernel="fused").to(dtype)
+    with pytest.raises(ValueError, match="bf16 and fp32, not in"):
+        module(torch.randn(3, 16).to(dtype))
+
+
+def test_cpu_is_refused_unless_interpreted(monkeypatch):
+    monkeypatch.setattr(fused_vae._kernels(), "INTERPRETED", False)
+    fused_vae.problem.cache_clear()
+    with pytest.raises(ValueError, match="need a GPU, the input is on cpu"):
+        make(16, kernel="fused")(torch.randn(3, 16))
+    fused_vae.problem.cache_clear()
+
+
+def test_choice_is_logged_once(caplog):
+    vae_module._log_fused.cache_clear()
+    module = make(16, kernel="fused")
+    with caplog.at_level(logging.INFO, logger="fvae_dist"):
+        module(torch.randn(3, 16))
+        module(torch.randn(3, 16))
+        make(16, kernel="auto")(torch.randn(3, 16))
+    assert [record.getMessage() for record in caplog.records] == ["adapter kernel: fused (Triton)"]
+
+
+# ---------------------------------------------------------------------------------------------- what the compiler makes
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from fvae_dist.kernels import fused_vae, vae_triton
+from fvae_dist.kernels.fused_vae import Coefficients, Spec
+
+FP32 = {"partial_ptr", "products_ptr", "small", "out_bias_ptr", "scale_ptr", "z1_ptr", "z2_ptr", "terms_ptr",
+        "encoded_ptr", "posterior_ptr", "d_loss_ptr", "d_z1_ptr", "d_posterior_ptr", "sums_ptr", "out_ptr"}
+INTEGERS = {"T": "i32", "D": "i32", "chunk": "i32", "num_blocks": "i32", "salt": "i64"}
+for r in (16,):
+    spec = Spec(r, r, 0.1, 128, 3, 0.1, True, 1.5, 1.0, Coefficients(1, 1, 0, -1, 1, 0))
+    for name, tile in fused_vae._NARROW_TILES.items():
+        kernel = getattr(vae_triton, name + "_kernel")
+        constants = fused_vae._constants(spec, torch.bfloat16) | {
+            "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4,
+            "SUMS": spec.sums_fit}
+        constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+        def type_of(n):
+            if n in constants: return "constexpr"
+            if n in INTEGERS: return INTEGERS[n]
+            if n == "keys_ptr": return "*i64"
+            if n in FP32: return "*fp32"
+            return "*bf16" if n.endswith("_ptr") else "fp32"
+        signature = {n: type_of(n) for n in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+                   if signature[n].startswith("*") or n in ("D", "chunk")}
+        source = ASTSource(fn=kernel, signature=signature, attrs=aligned,
+                           constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
+        options = {"num_warps": tile[2], "num_stages": tile[3]}
+        ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        assert "wgmma" not in ptx, (name, r)
+        print(name, r, len(ptx))
+"""
+
+
+def test_hopper_code_has_no_warp_group_products(tmp_path):
+    """Triton 3.6 and 3.7 bring an assembler that makes wrong code of them. Compiles for sm_90, which needs no GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert len(found.stdout.splitlines()) == len(fused_vae._NARROW_TILES)
