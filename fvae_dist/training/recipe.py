@@ -149,7 +149,7 @@ class TrainingSection(_Section):
         "all", description="Tokens that count in the side loss: all real ones, or only those with a task-loss label."
     )
     use_liger_kernel: Literal["auto"] | bool = Field(
-        "auto", description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
+        False, description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
     )
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
         "steps", description="When checkpoints are written."
