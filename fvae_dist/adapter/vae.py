@@ -273,7 +273,7 @@ class FactorizedVAE(Fp32Module):
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether the kernels compute this forward: so far only where asked for. Logged once."""
-        if self.config.kernel != "fused":
+        if self.config.kernel != "fused" or not x.numel():
             return False
         reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
         if reason is None and not self.encoder1.mean.weight.numel():

@@ -11,6 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from fvae_dist import FVAELoraConfig, side_loss
 from fvae_dist.adapter import FVAELinear
+from tests.fused import FP32_RTOL, make, run, worst
 from tests.models import LayerModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -115,3 +116,44 @@ def test_packed_flash_attention_equals_separate_documents():
             max_length_k=int(lengths.max()),
         ).logits
     assert relative_error(packed, separate) < BF16_RTOL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_tokens", "features", "settings"),
+    [
+        (1, 4096, {}),
+        (3, 4096, {}),
+        (125, 1000, {}),
+        (2048, 4096, {}),
+        (8192, 4096, {}),
+        (500, 14336, {}),
+        (125, 520, {"r": 4, "encoder_hidden": 4, "decoder_layers": 1}),
+        (125, 520, {"r": 8, "encoder_hidden": 8, "decoder_layers": 2, "latent_fusion": "average"}),
+        (300, 1024, {"r": 64, "encoder_hidden": 64}),
+        (300, 1024, {"r": 128, "encoder_hidden": 128}),
+    ],
+    ids=str,
+)
+def test_fused_kernels_match_float64(num_tokens, features, settings, dtype):
+    module = make(
+        features, **{"r": 16, "encoder_hidden": 16, "decoder_hidden": 128, "decoder_layers": 3, **settings}
+    ).cuda()
+    x = torch.randn(num_tokens, features, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    expected = run(copy.deepcopy(module).double(), x.double(), "torch")
+    found, again = run(module, x, "fused"), run(module, x, "fused")
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
+    error, name = worst(found, expected)
+    assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name
+
+
+def test_fused_kernels_read_nothing_unwritten():
+    module = make(4096, r=16, encoder_hidden=16, decoder_layers=3).cuda()
+    x = torch.randn(777, 4096, device="cuda").bfloat16()
+    first = run(module, x, "fused")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+    try:
+        second = run(module, x, "fused")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, second[name]) and value.isfinite().all() for name, value in first.items())

@@ -16,8 +16,8 @@ from fvae_dist.adapter import vae as vae_module
 from fvae_dist.adapter.noise import LayerNoise, TokenNoise
 from fvae_dist.adapter.objective import TokenTerms, coefficients, neg_elbo
 from fvae_dist.adapter.telemetry import TokenStatistics, sums_over_tokens
-from fvae_dist.adapter.vae import FactorizedVAE
 from tests.adapted import IDS
+from tests.fused import BF16_RTOL, FP32_RTOL, SALT, make, run, worst
 from tests.models import randomise, tiny_adapter, tiny_model
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
@@ -29,44 +29,6 @@ pytestmark = pytest.mark.skipif(
     not fused_vae._kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
 )
 OBJECTIVES = ("official", "paper", "vae2lat", "beta_vae2lat")
-FP32_RTOL, BF16_RTOL = 1e-4, 1.6e-2
-SALT = -987_654_321_987_654
-
-
-def make(features: int, **settings) -> FactorizedVAE:
-    """A VAE as trained: nothing is zero, outputs of each layer are of the order of its inputs."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    module = FactorizedVAE(features, tiny_adapter(**{"z2_prior_std": 1.3, **settings}))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            scale = 0.2 if parameter.dim() < 2 else parameter.shape[1] ** -0.5
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return module
-
-
-def run(module: FactorizedVAE, x: torch.Tensor, kernel: str) -> dict[str, torch.Tensor]:
-    """Outputs and all gradients of a task loss of z1 and a weighted sum of the token losses."""
-    generator = torch.Generator().manual_seed(7)
-    module.config.kernel = kernel
-    x = x.detach().clone().requires_grad_()
-    keys = torch.randint(-(2**62), 2**62, (len(x),), generator=generator)
-    z1, loss = module(x, LayerNoise(keys, SALT))
-    task = torch.randn(z1.shape, generator=generator).to(z1.dtype)
-    weights = torch.rand(loss.shape, generator=generator).to(z1.dtype)
-    module.zero_grad()
-    ((z1 * task).sum() + (loss * weights).sum()).backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    return {"z1": z1.detach(), "loss": loss.detach(), "x": x.grad, **gradients}
-
-
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest relative error in norm, and of what."""
-    assert found.keys() == expected.keys()
-    return max(
-        (float((found[name].double() - value).norm() / value.norm().clamp(min=1e-30)), name)
-        for name, value in expected.items()
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -199,6 +161,15 @@ def test_checkpointing_changes_no_bit(keyed):
     plain, recomputed = (model_step("fused", checkpointing, keyed) for checkpointing in (False, True))
     assert plain.keys() == recomputed.keys()
     assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
+
+
+def test_no_tokens_are_no_error():
+    """As an expert of a mixture may have them."""
+    module = make(24)
+    module.config.kernel = "fused"
+    z1, loss = module(torch.randn(0, 24, requires_grad=True))
+    (z1.sum() + loss.sum()).backward()
+    assert z1.shape == (0, 4) and loss.shape == (0,)
 
 
 def test_noise_of_the_generator_is_new_in_each_layer_and_forward():
