@@ -33,7 +33,8 @@ LENGTH = 8192
 
 def recipe_with(tmp_path, config="zero2", **training):
     deepspeed = config and str(planned.ROOT / "ds_configs" / f"{config}.json")
-    return make_recipe(tmp_path, tmp_path, model={"dtype": "bfloat16"}, training={"deepspeed": deepspeed, **training})
+    training = {"deepspeed": deepspeed, "recompute": "auto", "resident_weights": "auto", **training}
+    return make_recipe(tmp_path, tmp_path, model={"dtype": "bfloat16"}, training=training)
 
 
 def fit(recipe, memory_gib, world_size=2):

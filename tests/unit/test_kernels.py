@@ -20,7 +20,7 @@ from tests.adapted import IDS
 from tests.fused import BF16_RTOL, FP32_RTOL, SALT, make, run, worst
 from tests.models import randomise, tiny_adapter, tiny_model
 
-pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+pytest.importorskip("triton", minversion="3.7", reason="Triton 3.7 or newer is not installed: pip install triton")
 from peft import get_peft_model
 
 from fvae_dist.kernels import fused_vae
