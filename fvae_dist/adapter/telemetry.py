@@ -20,7 +20,7 @@ from fvae_dist.adapter.objective import LOGVAR_LIMIT, TokenTerms, factorization,
 
 ACTIVE_VARIANCE = 0.01
 # Tokens of a forward on which the reconstruction's R^2 is measured: it needs passes over all of D.
-R2_TOKENS = 512
+R2_TOKENS = 256
 _GOLDEN_RATIO = 0.6180339887498949
 _GIVEN = ("nll", "kl_z1", "z1_sq", "z2_sq", "neg_elbo")
 PER_TOKEN = (*_GIVEN, "wasserstein", "clamped")
@@ -122,7 +122,7 @@ def terms_from_sums(sums: dict[str, Tensor], configs: list[FVAELoraConfig]) -> d
     gamma: the paper's factorising term, summed over R.
     wasserstein: mean over tokens of the 2-Wasserstein distance between q1 and q2.
     active_z1, active_z2: dimensions whose mean varies over tokens by more than 0.01 (Burda et al., arXiv 1509.00519).
-    r2: 1 - squared error of the reconstruction / scatter of the input, over up to 512 tokens of each forward; 0: the
+    r2: 1 - squared error of the reconstruction / scatter of the input, over up to 256 tokens of each forward; 0: the
         decoder does no better than the input's mean, or the input does not vary.
     clamped: share of both encoders' log-variances that stand at their limit of +-20.
     """

@@ -170,17 +170,17 @@ def test_r2_is_one_less_the_missed_share_of_the_scatter(error):
     assert collected_terms(model, x)["r2"].item() == pytest.approx(1 - error, abs=1e-3)
 
 
-@pytest.mark.parametrize("num_tokens", [512, 513, 5000, 20_000])
+@pytest.mark.parametrize("num_tokens", [256, 257, 5000, 20_000])
 def test_r2_of_many_tokens_is_measured_on_some(num_tokens):
     model, x = adapted(), inputs(1, num_tokens)
     mask = (torch.rand(1, num_tokens, generator=torch.Generator().manual_seed(3)) < 0.7).long()
     expected = direct_terms(model, x, mask)
     x[mask == 0] *= 1000
-    # The relative standard error of a scatter over n tokens and D independent features is sqrt(2 / (n D)), here 2.6 %.
+    # The relative standard error of a scatter over n tokens and D independent features is sqrt(2 / (n D)), here 3.6 %.
     terms = collected_terms(model, x, mask)
     rest = {name for name in terms if name != "r2"}
     assert_terms({n: terms[n] for n in rest}, {n: expected[n] for n in rest}, rtol=1e-3, atol=1e-3)
-    tolerance = 1e-4 if num_tokens == 512 else 0.08
+    tolerance = 1e-4 if num_tokens == 256 else 0.1
     assert terms["r2"].item() == pytest.approx(expected["r2"].item(), abs=tolerance)
 
 
@@ -189,15 +189,15 @@ def test_r2_counts_the_tokens_that_it_measured():
     with side_loss.collect(model) as collected:
         model(inputs(1, 5000))
     sums = collected.sums()
-    assert sums["num_tokens"].tolist() == [5000] and 256 <= sums["r2_tokens"].item() <= 512
+    assert sums["num_tokens"].tolist() == [5000] and 128 <= sums["r2_tokens"].item() <= 256
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_hold_at_most_512_inputs(dtype):
+def test_statistics_hold_at_most_256_inputs(dtype):
     vae = adapted().layer.fvae_vae["default"]
-    for num_tokens in (1, 512, 513, 10_000):
+    for num_tokens in (1, 256, 257, 10_000):
         statistics = TokenStatistics(*vae(inputs(1, num_tokens).to(dtype), with_statistics=True)[2:])
-        assert statistics.x.shape == statistics.xhat.shape == (min(num_tokens, 512), D)
+        assert statistics.x.shape == statistics.xhat.shape == (min(num_tokens, 256), D)
         assert statistics.x.dtype == dtype and statistics.nll.shape == (1, num_tokens)
 
 
@@ -210,7 +210,7 @@ def test_r2_of_one_token_is_finite():
 def test_r2_does_not_depend_on_how_the_mask_falls_on_the_measured_tokens(num_tokens):
     """A periodic mask, as rows of one length and one prompt have it, may not leave the measurement without tokens."""
     model, x = adapted(), inputs(1, num_tokens)
-    every = -(-num_tokens // 512)
+    every = -(-num_tokens // 256)
     mask = (torch.arange(num_tokens) % every > 0).long()[None]
     expected = direct_terms(model, x, mask)["r2"].item()
     assert collected_terms(model, x, mask)["r2"].item() == pytest.approx(expected, abs=0.05)
@@ -285,7 +285,7 @@ def test_parts_add_up_to_the_whole(make, how):
 def test_r2_of_shifted_channels_sees_their_scatter():
     """A decoder that gives the mean and no more has r2 = 0, though it explains 99.99 % of the squares."""
     model = adapted(decoder_layers=0)
-    x = shifted(4, 500)
+    x = shifted(8, 250)
     with torch.no_grad():
         model.layer.fvae_vae["default"].decoder.output.weight.zero_()
         model.layer.fvae_vae["default"].decoder.output.bias.copy_(x.double().mean((0, 1)))
@@ -295,8 +295,8 @@ def test_r2_of_shifted_channels_sees_their_scatter():
             model(row)
         sums = add(sums, collected.sums())
     assert terms_from_sums(sums, collected.layer_configs)["r2"].item() == pytest.approx(0, abs=1e-4)
-    # Here it is measured on 512 of the tokens, whose mean is not that of all.
-    assert collected_terms(model, x)["r2"].item() == pytest.approx(0, abs=5e-3)
+    # Here it is measured on 256 of the tokens, whose mean is not that of all.
+    assert collected_terms(model, x)["r2"].item() == pytest.approx(0, abs=1e-2)
 
 
 def test_sums_of_uncounted_tokens_are_zero():
