@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fvae_dist.adapter.config import FVAELoraConfig
-from fvae_dist.kernels.fused_vae import Coefficients
+from fvae_dist.kernels.spec import Coefficients
 
 LOG_2PI = math.log(2 * math.pi)
 LOGVAR_LIMIT = 20.0

@@ -32,7 +32,7 @@ _open_collectors: list[Collector] = []
 _warned_uncollected = False
 
 
-# Layers whose statistics are added up together, at most; beyond it memory would be held for nothing.
+# Of statistics that wait to be added up together, at most: more of them would hold memory for nothing.
 PENDING_BYTES = 128 * 2**20
 
 
@@ -228,7 +228,7 @@ class Collector:
             alike = (id(mask), *((tensor.shape, tensor.dtype) for tensor in statistics))
             pending = self._pending.setdefault(alike, [])
             pending.append((report, statistics))
-            if sum(of.num_bytes for _, of in pending) > PENDING_BYTES:
+            if len(pending) * statistics.num_bytes > PENDING_BYTES:  # they are alike
                 self._add_up_pending()
 
     def _add_up_pending(self) -> None:

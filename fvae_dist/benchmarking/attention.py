@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fvae_dist.benchmarking.floor import Ceilings, Phase
 from fvae_dist.benchmarking.flops import attention_forward
-from fvae_dist.benchmarking.samples import spread_of
+from fvae_dist.benchmarking.samples import add_times
 from fvae_dist.benchmarking.timing import Measured, drop_gradients, free_memory, measure_in_turn
 
 FLASH = "flash_attention_2"
@@ -88,9 +88,6 @@ def _row(run: AttentionRun, ceilings: Ceilings, tokens: int, name: str, result: 
     row["floor_ms"] = 1e3 * sum(phase.seconds(ceilings) for phase in phases)
     if result.error:
         return row | {"note": result.error.removeprefix("ValueError: ")}
-    spread = spread_of(result.ms)
-    row |= {"ms": spread.median, "ms_low": spread.low, "ms_high": spread.high}
-    row["x_floor"] = spread.median / row["floor_ms"]
-    row["tflops"] = 3.5 * forward / (spread.median / 1e3) / 1e12
+    row["tflops"] = 3.5 * forward / add_times(row, result.ms) / 1e12
     row["extra_mib"] = None if result.extra_bytes is None else result.extra_bytes / 2**20
     return row

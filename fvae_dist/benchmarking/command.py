@@ -21,7 +21,17 @@ from fvae_dist.benchmarking.report import Axes, Column, Report
 from fvae_dist.benchmarking.step import StepRun, benchmark_step
 from fvae_dist.benchmarking.timing import free_memory, measure_ceilings
 from fvae_dist.benchmarking.trial import WARM_UP
-from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, REFERENCE, TORCH, AdapterSize, default_dtype
+from fvae_dist.benchmarking.variants import (
+    BASE,
+    FUSED,
+    LABELS,
+    LORA,
+    REFERENCE,
+    TORCH,
+    AdapterSize,
+    default_dtype,
+    dtype_name,
+)
 from fvae_dist.benchmarking.zero3 import TrainingRun, benchmark_training
 from fvae_dist.training.card import package_versions
 from fvae_dist.training.implementations import choose_attention
@@ -129,7 +139,7 @@ def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, c
         f"Medians and quartiles of {args.rounds} rounds in which the variants take turns; differences and ratios are "
         "medians over rounds. Floor: base and adapter together; peak: above what lay there before.",
     ]
-    title = f"One layer, {args.dim} x {out_dim}, r = {args.r}, {_name(dtype)}, forward and backward"
+    title = f"One layer, {args.dim} x {out_dim}, r = {args.r}, {dtype_name(dtype)}, forward and backward"
     report = Report(title, _head(args, device, dtype, ceilings), _LAYER, Axes("ms", "ms"), notes)
     return report, benchmark_layer(run, ceilings)
 
@@ -152,7 +162,7 @@ def _floor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, c
                 rows.append(common | {"phase": phase, **_amounts(moved, floor.operations(again))})
                 rows[-1]["floor_us"] = 1e6 * floor.seconds(ceilings, again)
     notes = ["The least that must move and run; fvae_dist/benchmarking/floor.py says what is assumed."]
-    title = f"Floor of one layer, {args.dim} x {args.out_dim or args.dim}, r = {args.r}, {_name(dtype)}"
+    title = f"Floor of one layer, {args.dim} x {args.out_dim or args.dim}, r = {args.r}, {dtype_name(dtype)}"
     axes = Axes("floor_us", "us", ("label", "phase"))
     return Report(title, _head(args, device, dtype, ceilings), _FLOOR, axes, notes), iter(rows)
 
@@ -192,7 +202,9 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
         "TFLOP/s: with recomputation, flash attention's fifth backward product and the adapters."
     )
     liger = ", Liger" if args.liger else ""
-    title = f"Training step, {args.shape}, {how}, {_name(dtype)}, {args.attention}{liger}, {' '.join(args.targets)}"
+    title = (
+        f"Training step, {args.shape}, {how}, {dtype_name(dtype)}, {args.attention}{liger}, {' '.join(args.targets)}"
+    )
     axes = Axes("tokens_per_s", "tokens/s/GPU", ("label", "recompute"))
     return Report(title, _head(args, device, dtype, ceilings), _STEP, axes, notes), rows
 
@@ -210,7 +222,7 @@ def _attention(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         args.warm_up,
     )
     notes = ["Forward and backward; operations of two and five products, the masked half not counted."]
-    title = f"Causal attention, {args.heads}/{args.kv_heads} heads of {args.head_dim}, {_name(dtype)}"
+    title = f"Causal attention, {args.heads}/{args.kv_heads} heads of {args.head_dim}, {dtype_name(dtype)}"
     report = Report(title, _head(args, device, dtype, ceilings), _ATTENTION, Axes("tflops", "TFLOP/s"), notes)
     return report, benchmark_attention(run, ceilings)
 
@@ -264,11 +276,7 @@ def _head(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": package_versions(_PACKAGES) | ({"cuda": torch.version.cuda} if on_gpu else {}),
-        "dtype": _name(dtype),
+        "dtype": dtype_name(dtype),
         "config": {key: value for key, value in vars(args).items() if key not in ("command", "floor")},
         "ceilings": {"bytes_per_s": ceilings.bytes_per_s, "operations_per_s": ceilings.operations_per_s},
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from fvae_dist.adapter import side_loss
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.benchmarking.floor import Ceilings, LayerSize, base_floor
 from fvae_dist.benchmarking.reference import build_reference_layer, reference_loss
-from fvae_dist.benchmarking.samples import paired_difference, paired_ratio, spread_of
+from fvae_dist.benchmarking.samples import add_times, paired_difference, paired_ratio
 from fvae_dist.benchmarking.timing import Measured, describe, drop_gradients, free_memory, measure_in_turn
 from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, REFERENCE, TORCH, AdapterSize, autocast
 
@@ -133,12 +133,10 @@ def _row(run: LayerRun, ceilings: Ceilings, tokens: int, name: str, measured: di
     result = measured[name]
     if result.error:
         return row | {"note": result.error}
-    spread = spread_of(result.ms)
-    row |= {"ms": spread.median, "ms_low": spread.low, "ms_high": spread.high}
-    row["x_floor"] = spread.median / row["floor_ms"]
-    row["tokens_per_s"] = tokens / (spread.median / 1e3)
+    seconds = add_times(row, result.ms)
+    row["tokens_per_s"] = tokens / seconds
     operations = base_floor(size).operations() + (adapter.operations() if adapter else 0.0)
-    row["tflops"] = operations / (spread.median / 1e3) / 1e12
+    row["tflops"] = operations / seconds / 1e12
     row["extra_mib"] = None if result.extra_bytes is None else result.extra_bytes / 2**20
     base, lora = (measured[other].ms if other in measured else [] for other in (BASE, LORA))
     if base and adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
@@ -27,6 +27,14 @@ def spread_of(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0])
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(statistics.median(values), low, high)
+
+
+def add_times(row: dict[str, Any], ms: Sequence[float]) -> float:
+    """Put median, quartiles and multiple of the floor into a row that has `floor_ms`; returns the median in seconds."""
+    spread = spread_of(ms)
+    row |= {"ms": spread.median, "ms_low": spread.low, "ms_high": spread.high}
+    row["x_floor"] = spread.median / row["floor_ms"]
+    return spread.median / 1e3
 
 
 def paired_ratio(values: Sequence[float], others: Sequence[float]) -> float:

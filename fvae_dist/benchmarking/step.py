@@ -19,8 +19,8 @@ from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.benchmarking.attached import Attached, attach, put_in_place
 from fvae_dist.benchmarking.floor import Ceilings, LayerSize
 from fvae_dist.benchmarking.flops import ModelSize, size_of
-from fvae_dist.benchmarking.samples import paired_ratio, spread_of
-from fvae_dist.benchmarking.timing import Measured, describe, free_memory, measure_in_turn
+from fvae_dist.benchmarking.samples import add_times, paired_ratio
+from fvae_dist.benchmarking.timing import Measured, describe, drop_gradients, free_memory, measure_in_turn
 from fvae_dist.benchmarking.trial import config_of
 from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, TORCH, AdapterSize, autocast
 
@@ -131,8 +131,7 @@ class _Bench:
 
     def _prepare(self, name: str) -> None:
         for attached in self.attached.values():
-            for parameter in attached.parameters:
-                parameter.grad = None  # of a step that ran out of memory
+            drop_gradients(attached.parameters)  # of a step that ran out of memory
         wanted = self.attached[name.removesuffix(TERMS)]
         put_in_place(self.model, wanted, self.in_place)
         self.in_place = wanted
@@ -196,10 +195,7 @@ def step_row(
     result = measured[name]
     if result.error:
         return row | {"note": result.error}
-    spread = spread_of(result.ms)
-    seconds = spread.median / 1e3
-    row |= {"ms": spread.median, "ms_low": spread.low, "ms_high": spread.high}
-    row["x_floor"] = spread.median / row["floor_ms"]
+    seconds = add_times(row, result.ms)
     row["tokens_per_s"] = tokens / seconds
     row["mfu"] = size.model_operations(tokens) / seconds / ceilings.operations_per_s
     operations = of_base + sum(floor.operations(again) for floor in floors)

@@ -94,6 +94,11 @@ def default_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a recipe has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """As a trainer with bf16=True runs the forward; off in fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

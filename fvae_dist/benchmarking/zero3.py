@@ -33,7 +33,7 @@ from fvae_dist.benchmarking.trial import (
     train_command,
     write_inputs,
 )
-from fvae_dist.benchmarking.variants import LORA, STOCK, TORCH
+from fvae_dist.benchmarking.variants import LORA, STOCK, TORCH, dtype_name
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Mea
 
 
 def _changes(step: StepRun) -> list[str]:
-    changes = [f"training.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}", f"model.dtype={_dtype_name(step)}"]
+    changes = [f"training.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}", f"model.dtype={dtype_name(step.dtype)}"]
     return [*changes, "training.use_cpu=true"] if step.device.type == "cpu" else changes
 
 
@@ -133,16 +133,12 @@ def _stock_command(run: TrainingRun, setting: Setting, folder: Path) -> list[str
     asked = {
         "length": setting.length,
         "steps": setting.steps,
-        "dtype": _dtype_name(run.step),
+        "dtype": dtype_name(run.step.dtype),
         "use_cpu": run.step.device.type == "cpu",
         "lora": run.step.adapter.settings(LORA, run.step.targets),
     }
     (folder / "stock.json").write_text(json.dumps(asked))
     return [*torchrun(run.num_gpus), "-m", "fvae_dist.benchmarking.stock", str(folder)]
-
-
-def _dtype_name(step: StepRun) -> str:
-    return str(step.dtype).removeprefix("torch.")
 
 
 def _read_own(folder: Path, tokens: int) -> Measured:

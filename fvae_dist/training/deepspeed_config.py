@@ -62,12 +62,6 @@ def zero_stage(config: dict[str, Any] | None) -> int:
     return 0 if config is None else config["zero_optimization"].get("stage", 0)
 
 
-def offloads(config: dict[str, Any] | None) -> bool:
-    """Whether frozen weights live in host memory or on a drive."""
-    section = (config or {}).get("zero_optimization", {}).get("offload_param") or {}
-    return zero_stage(config) == 3 and section.get("device", "none") != "none"
-
-
 def stated_by_recipe(recipe: Recipe, stage: int, world_size: int) -> dict[str, Any]:
     """The keys of a DeepSpeed config that the recipe decides."""
     training, dtype = recipe.training, recipe.model.dtype

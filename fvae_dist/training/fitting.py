@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from fvae_dist.planning.choice import Recompute
+from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import GIB, PlanError
 from fvae_dist.planning.memory import MemoryEstimate, estimate_memory
 from fvae_dist.planning.subject import Subject
-from fvae_dist.training.deepspeed_config import offloads, zero_stage
+from fvae_dist.training.deepspeed_config import zero_stage
 from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 
@@ -95,7 +95,7 @@ def check_asked(recipe: Recipe, deepspeed: dict[str, Any] | None) -> None:
     """RecipeError for what was asked for and cannot be."""
     if recipe.training.recompute == "selective" and zero_stage(deepspeed) == 3:
         raise RecipeError("training.recompute: selective: TRL refuses it under ZeRO-3; use full or none, or stage 2")
-    if recipe.training.resident_weights is True and offloads(deepspeed):
+    if recipe.training.resident_weights is True and _as_choice(deepspeed).offload:
         raise RecipeError(
             f"training.resident_weights: true contradicts offload_param in {recipe.training.deepspeed}: the frozen "
             "weights cannot stay on the GPU and in host memory"
@@ -155,7 +155,12 @@ def _residencies(recipe: Recipe, deepspeed: dict[str, Any] | None) -> list[bool]
         return [False]  # they are whole anyway
     if asked != "auto":
         return [asked]
-    return [False] if offloads(deepspeed) else [True, False]
+    return [True, False] if _as_choice(deepspeed).can_be_resident else [False]
+
+
+def _as_choice(deepspeed: dict[str, Any] | None) -> Choice:
+    """The planner's reading of a DeepSpeed configuration."""
+    return Choice("", deepspeed, "full")
 
 
 def _without_estimate(recipe: Recipe, deepspeed: dict[str, Any] | None, why: str) -> Fit:

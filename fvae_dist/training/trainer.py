@@ -89,7 +89,7 @@ class FVAETrainerMixin(_TrainerBase):
         self._refuse_inference_only()
         self._prepare_collator()
         self.resident_weights = resident_weights and self._zero3()
-        if self._zero3() and not resident_weights:  # without hooks on modules there is nothing to save on them
+        if self._zero3() and not self.resident_weights:  # without hooks on modules there is nothing to save on them
             treat_vaes_as_leaves(self.model)
         # Skipping non-finite losses in the logs would hide what _stop_if_not_finite stops at.
         self.args.logging_nan_inf_filter = False

@@ -23,10 +23,10 @@ from tests.models import randomise, tiny_adapter, tiny_model
 pytest.importorskip("triton", minversion="3.7", reason="Triton 3.7 or newer is not installed: pip install triton")
 from peft import get_peft_model
 
-from fvae_dist.kernels import fused_vae
+from fvae_dist.kernels import fused_vae, launching
 
 pytestmark = pytest.mark.skipif(
-    not fused_vae._kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
+    not launching.kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
 )
 OBJECTIVES = ("official", "paper", "vae2lat", "beta_vae2lat")
 
@@ -213,7 +213,7 @@ def test_other_dtypes_are_refused(dtype):
 
 
 def test_cpu_is_refused_unless_interpreted(monkeypatch):
-    monkeypatch.setattr(fused_vae._kernels(), "INTERPRETED", False)
+    monkeypatch.setattr(launching.kernels(), "INTERPRETED", False)
     fused_vae.problem.cache_clear()
     with pytest.raises(ValueError, match="need a GPU, the input is on cpu"):
         make(16, kernel="fused")(torch.randn(3, 16))
@@ -237,17 +237,17 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from fvae_dist.kernels import fused_vae, vae_triton
-from fvae_dist.kernels.fused_vae import Coefficients, Spec
+from fvae_dist.kernels import launching, vae_triton
+from fvae_dist.kernels.spec import Coefficients, Spec
 
 FP32 = {"partial_ptr", "products_ptr", "small", "out_bias_ptr", "scale_ptr", "z1_ptr", "z2_ptr", "terms_ptr",
         "encoded_ptr", "posterior_ptr", "d_loss_ptr", "d_z1_ptr", "d_posterior_ptr", "sums_ptr", "out_ptr"}
 INTEGERS = {"T": "i32", "D": "i32", "chunk": "i32", "num_blocks": "i32", "salt": "i64"}
 for r in (16,):
     spec = Spec(r, r, 0.1, 128, 3, 0.1, True, 1.5, 1.0, Coefficients(1, 1, 0, -1, 1, 0))
-    for name, tile in fused_vae._NARROW_TILES.items():
+    for name, tile in launching.NARROW_TILES.items():
         kernel = getattr(vae_triton, name + "_kernel")
-        constants = fused_vae._constants(spec, torch.bfloat16) | {
+        constants = launching.constants_of(spec, torch.bfloat16) | {
             "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4,
             "SUMS": spec.sums_fit}
         constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
@@ -275,4 +275,4 @@ def test_hopper_code_has_no_warp_group_products(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert len(found.stdout.splitlines()) == len(fused_vae._NARROW_TILES)
+    assert len(found.stdout.splitlines()) == len(launching.NARROW_TILES)

@@ -1,0 +1,61 @@
+"""What of a layer's configuration the fused kernels depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Coefficients(NamedTuple):
+    """The negative ELBO of a token as a linear function of its terms."""
+
+    nll: float
+    kl_z1: float
+    kl_z2: float
+    z1_sq: float
+    z2_sq: float
+    constant: float
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the kernels need to know of a layer beside its tensors."""
+
+    r: int
+    encoder_hidden: int
+    encoder_dropout: float
+    decoder_hidden: int
+    decoder_layers: int
+    decoder_dropout: float
+    concat: bool
+    prior_mean: float
+    prior_std: float
+    coefficients: Coefficients
+
+    @property
+    def num_small(self) -> int:
+        """Length of the vector of small parameters, see `vae_triton`."""
+        r, hidden, width = self.r, self.encoder_hidden, self.decoder_hidden
+        first = (2 * r if self.concat else r) * width + width
+        return 2 * hidden + 4 * r * (hidden + 1) + first + (self.decoder_layers - 1) * width * (width + 1)
+
+    @property
+    def num_outer(self) -> int:
+        """How many of them stand before the decoder's inner layers."""
+        return self.num_small - (self.decoder_layers - 1) * self.decoder_hidden * (self.decoder_hidden + 1)
+
+    @property
+    def sums_fit(self) -> bool:
+        """Whether a program can hold the gradients of heads and first layer, in 16 bit, beside its tokens."""
+        return max(self.r, self.encoder_hidden) <= 32
+
+    @property
+    def encoder_decisions(self) -> int:
+        """Dropout decisions of a token in both encoders; the decoder's come after them."""
+        return 2 * self.encoder_hidden if self.encoder_dropout else 0
+
+    @property
+    def num_words(self) -> int:
+        """Random words of a token for dropout: two decisions each."""
+        decoder = self.decoder_layers * self.decoder_hidden if self.decoder_dropout else 0
+        return (self.encoder_decisions + decoder + 1) // 2

@@ -1,0 +1,177 @@
+"""The forward's kernels; `vae_triton` describes them all."""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from fvae_dist.kernels.triton_parts import (
+    LOG_2PI,
+    activate,
+    bias_of,
+    cast,
+    clamp,
+    dot,
+    fuse,
+    heads,
+    inner,
+    normals,
+    residual,
+)
+
+
+@triton.jit
+def pack_kernel(
+    weight1_ptr, weight2_ptr, out_weight_ptr, trunks_ptr, narrow_ptr, D, H: tl.constexpr, W: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """trunks (2, 2H, D): both trunks' weights in two parts of 16 bit, as exact as a 16-bit x allows; narrow (D, W): the
+    output weight in 16 bit."""
+    ELEMENT: tl.constexpr = trunks_ptr.dtype.element_ty
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_first = index < H * D
+    weight = tl.load(weight1_ptr + index, mask=is_first, other=0.0)
+    weight += tl.load(weight2_ptr + index - H * D, mask=(index >= H * D) & (index < 2 * H * D), other=0.0)
+    high = cast(weight, ELEMENT, INTERPRETED)
+    tl.store(trunks_ptr + index, high, mask=index < 2 * H * D)
+    low = cast(weight - high.to(tl.float32), ELEMENT, INTERPRETED)
+    tl.store(trunks_ptr + 2 * H * D + index, low, mask=index < 2 * H * D)
+    out_weight = tl.load(out_weight_ptr + index, mask=index < D * W, other=0.0)
+    tl.store(narrow_ptr + index, cast(out_weight, ELEMENT, INTERPRETED), mask=index < D * W)
+
+
+@triton.jit(do_not_specialize=["T"])
+def encode_kernel(
+    x_ptr, trunks_ptr, partial_ptr, T, D, chunk, H2: tl.constexpr, HB2: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """x @ trunks.T over `chunk` features: partial (chunks, T, 2H)."""
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    x_rows = x_ptr + rows[:, None].to(tl.int64) * D
+    units = tl.arange(0, HB2)
+    first = tl.program_id(1) * chunk
+    total = tl.zeros((BT, HB2), tl.float32)
+    for start in range(first, tl.minimum(first + chunk, D), BD):
+        features = start + tl.arange(0, BD)
+        is_feature = features < D
+        x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
+        for part in tl.static_range(PARTS):
+            at = (part * H2 + units)[:, None] * D + features[None, :]
+            weight = tl.load(trunks_ptr + at, mask=(units < H2)[:, None] & is_feature[None, :], other=0.0)
+            total += dot(x, tl.trans(weight), PRECISION, INTERPRETED)
+    at = (tl.program_id(1) * T + rows).to(tl.int64)[:, None] * H2 + units[None, :]
+    tl.store(partial_ptr + at, total, mask=is_token[:, None] & (units < H2)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "salt"])
+def latents_kernel(
+    partial_ptr, keys_ptr, small, z1_ptr, z2_ptr, terms_ptr, encoded_ptr, posterior_ptr, decoded_ptr,
+    T, salt, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
+    R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
+    DEPTH: tl.constexpr, CONCAT: tl.constexpr, WORDS: tl.constexpr, ENCODER_THRESHOLD: tl.constexpr,
+    ENCODER_P: tl.constexpr, DECODER_FIRST: tl.constexpr, DECODER_THRESHOLD: tl.constexpr, DECODER_P: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, HEAD_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """From the trunks' products: z1, z2 (T, R); of terms (5, T) the loss without its nll, kl_z1, z1_sq, z2_sq in rows
+    0 and 2 to 4; encoded (T, 2H), the trunks' hidden units; posterior (T, 4, R): mean and log-variance before its
+    clamp, of both encoders; decoded (DEPTH, T, W), the decoder's hidden units."""
+    ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    hidden_units = tl.arange(0, HB)
+    is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
+    at = rows[:, None].to(tl.int64) * (2 * H) + hidden_units[None, :]
+    hidden1 = tl.zeros((BT, HB), tl.float32)
+    hidden2 = tl.zeros((BT, HB), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        products = partial_ptr + chunk * T.to(tl.int64) * (2 * H) + at
+        hidden1 += tl.load(products, mask=is_hidden, other=0.0)
+        hidden2 += tl.load(products + H, mask=is_hidden, other=0.0)
+    keys = tl.load(keys_ptr + rows, mask=is_token, other=0)[:, None]
+    hidden1 = activate(hidden1 + bias_of(small, H, HB), keys, salt, HB, 0, R, WORDS, ENCODER_THRESHOLD, ENCODER_P)
+    hidden2 = activate(hidden2 + bias_of(small + H, H, HB), keys, salt, HB, H, R, WORDS, ENCODER_THRESHOLD, ENCODER_P)
+    tl.store(encoded_ptr + at, hidden1, mask=is_hidden)
+    tl.store(encoded_ptr + at + H, hidden2, mask=is_hidden)
+
+    mean1, logvar1 = heads(hidden1, small + 2 * H, R, RB, H, HB, HEAD_PRECISION, INTERPRETED)
+    mean2, logvar2 = heads(hidden2, small + 2 * H + 2 * R * (H + 1), R, RB, H, HB, HEAD_PRECISION, INTERPRETED)
+    latent = tl.arange(0, RB)
+    is_latent = (latent < R)[None, :]
+    is_z = is_token[:, None] & is_latent
+    at = rows[:, None].to(tl.int64) * (4 * R) + latent[None, :]
+    tl.store(posterior_ptr + at, mean1, mask=is_z)
+    tl.store(posterior_ptr + at + R, logvar1, mask=is_z)
+    tl.store(posterior_ptr + at + 2 * R, mean2, mask=is_z)
+    tl.store(posterior_ptr + at + 3 * R, logvar2, mask=is_z)
+    logvar1, logvar2 = clamp(logvar1), clamp(logvar2)
+    std1, std2 = tl.exp(0.5 * logvar1), tl.exp(0.5 * logvar2)
+    eps1, eps2 = normals(keys, salt, RB)
+    z1 = tl.where(is_latent, mean1 + std1 * eps1, 0.0)
+    z2 = tl.where(is_latent, mean2 + std2 * eps2, 0.0)
+    at = rows[:, None].to(tl.int64) * R + latent[None, :]
+    tl.store(z1_ptr + at, z1, mask=is_z)
+    tl.store(z2_ptr + at, z2, mask=is_z)
+    kl1 = 0.5 * tl.sum(tl.where(is_latent, mean1 * mean1 + std1 * std1 - 1 - logvar1, 0.0), 1)
+    ratio = logvar2 - 2 * tl.log(prior_std)
+    offset2 = (mean2 - prior_mean) / prior_std
+    kl2 = 0.5 * tl.sum(tl.where(is_latent, offset2 * offset2 + tl.exp(ratio) - 1 - ratio, 0.0), 1)
+    z1_sq = tl.sum(z1 * z1, 1) / R
+    z2_sq = tl.sum(tl.where(is_latent, (z2 - prior_mean) * (z2 - prior_mean), 0.0), 1) / R
+    tl.store(terms_ptr + rows, c_kl1 * kl1 + c_kl2 * kl2 + c_z1 * z1_sq + c_z2 * z2_sq + c_0, mask=is_token)
+    tl.store(terms_ptr + 2 * T + rows, kl1, mask=is_token)
+    tl.store(terms_ptr + 3 * T + rows, z1_sq, mask=is_token)
+    tl.store(terms_ptr + 4 * T + rows, z2_sq, mask=is_token)
+
+    units = tl.arange(0, WB)
+    decoded = decoded_ptr + rows[:, None].to(tl.int64) * W + units[None, :]
+    is_hidden = is_token[:, None] & (units < W)[None, :]
+    decoder = small + 2 * H + 4 * R * (H + 1)
+    hidden = fuse(z1, z2, decoder, R, RB, W, WB, CONCAT, PRECISION, INTERPRETED)
+    hidden = activate(hidden, keys, salt, WB, DECODER_FIRST, R, WORDS, DECODER_THRESHOLD, DECODER_P)
+    tl.store(decoded, cast(hidden, ELEMENT, INTERPRETED), mask=is_hidden)
+    decoder += (2 * R if CONCAT else R) * W + W
+    for depth in tl.static_range(1, DEPTH):
+        hidden = inner(hidden, decoder, W, WB, PRECISION, INTERPRETED)
+        hidden = activate(hidden, keys, salt, WB, DECODER_FIRST + depth * W, R, WORDS, DECODER_THRESHOLD, DECODER_P)
+        decoder += W * W + W
+        decoded += T.to(tl.int64) * W
+        tl.store(decoded, cast(hidden, ELEMENT, INTERPRETED), mask=is_hidden)
+
+
+@triton.jit(do_not_specialize=["T"])
+def likelihood_kernel(
+    x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, partial_ptr, T, D, chunk, W: tl.constexpr,
+    WB: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """nll over `chunk` features, from the decoder's last hidden units: partial (chunks, T); with STATS (chunks, 2, T),
+    the squared error beside it."""
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    is_token = rows < T
+    x_rows = x_ptr + rows[:, None].to(tl.int64) * D
+    units = tl.arange(0, WB)
+    is_hidden = is_token[:, None] & (units < W)[None, :]
+    last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_hidden, other=0.0)
+    squares = tl.zeros((BT, BD), tl.float32)
+    errors = tl.zeros((BT, BD), tl.float32)
+    log_scale = tl.zeros((BD,), tl.float32)
+    first = tl.program_id(1) * chunk
+    for start in range(first, tl.minimum(first + chunk, D), BD):
+        features = start + tl.arange(0, BD)
+        error, _, scale = residual(
+            x_rows, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_token, D, W, WB, PRECISION, INTERPRETED
+        )
+        standardised = error * (1.0 / scale)[None, :]
+        squares += standardised * standardised
+        log_scale += tl.where(features < D, tl.log(scale) + 0.5 * LOG_2PI, 0.0)
+        if STATS:
+            errors += error * error
+    nll = 0.5 * tl.sum(squares, 1) + tl.sum(log_scale, 0)
+    if STATS:
+        out = partial_ptr + tl.program_id(1) * 2 * T + rows
+        tl.store(out, nll, mask=is_token)
+        tl.store(out + T, tl.sum(errors, 1), mask=is_token)
+    else:
+        tl.store(partial_ptr + tl.program_id(1) * T + rows, nll, mask=is_token)
