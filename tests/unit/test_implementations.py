@@ -200,7 +200,7 @@ def test_liger_is_on_for_architectures_that_it_knows(tmp_path):
     pytest.importorskip("liger_kernel")
     assert liger(tmp_path, "auto") == (True, "auto: installed, and it knows llama")
     assert liger(tmp_path, True) == (True, "asked for")
-    assert planned_liger(make_recipe(tmp_path, tmp_path), LLAMA)
+    assert planned_liger(make_recipe(tmp_path, tmp_path, training={"use_liger_kernel": "auto"}), LLAMA)
     unknown = SimpleNamespace(model_type="gpt2")
     assert liger(tmp_path, "auto", config=unknown) == (False, "auto: Liger has no layers for gpt2")
     with pytest.raises(RecipeError, match="Liger has no layers for gpt2"):
