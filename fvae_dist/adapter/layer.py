@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -42,14 +43,48 @@ class UpProjection(Fp32Module, CastLinear):
         super().__init__(r, out_features, bias=False)
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, z1: Tensor, scaling: float, base: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """scaling * B z1, (..., r) -> (..., out_features), in z1's dtype; added to `base` where one is given."""
-        if base is None or base.dtype != z1.dtype:
-            update = super().forward(z1) * scaling
-            return update if base is None else base + update.to(base.dtype)
-        # One pass over the output.
-        weight, rows = self.weight.to(z1.dtype).t(), z1.reshape(-1, z1.shape[-1])
-        return torch.addmm(base.reshape(len(rows), -1), rows, weight, alpha=scaling).view(base.shape)
+    def forward(self, z1: Tensor, scaling: float, dtype: torch.dtype, base: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """scaling * B z1, (..., r) -> (..., out_features), computed in `dtype`; added to `base` where one is given."""
+        if base is not None and base.dtype == dtype:
+            return _Update.apply(base, z1, self.weight, scaling)
+        update = super().forward(z1.to(dtype)) * scaling
+        return update if base is None else base + update.to(base.dtype)
+
+
+class _Update(torch.autograd.Function):
+    """base + scaling * z1 @ weight.T in base's dtype, in one pass over the output: what autograd would record are
+    seven operations, more work for the host than for a GPU."""
+
+    @staticmethod
+    def forward(ctx, base: Tensor, z1: Tensor, weight: Tensor, scaling: float) -> Tensor:  # type: ignore[override]
+        rows, narrow = z1.reshape(-1, z1.shape[-1]).to(base.dtype), weight.to(base.dtype)
+        ctx.save_for_backward(rows, narrow)
+        ctx.scaling, ctx.shape, ctx.dtypes = scaling, z1.shape, (z1.dtype, weight.dtype)
+        return torch.addmm(base.reshape(len(rows), -1), rows, narrow.t(), alpha=scaling).view(base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output: Tensor):  # type: ignore[override]
+        rows, narrow = ctx.saved_tensors
+        gradient = d_output.reshape(len(rows), -1)
+        z1_dtype, weight_dtype = ctx.dtypes
+        d_z1 = d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_z1 = _scaled(_product(gradient, narrow, z1_dtype), ctx.scaling).view(ctx.shape)
+        if ctx.needs_input_grad[2]:
+            d_weight = _scaled(_product(gradient.t(), rows, weight_dtype), ctx.scaling)
+        return d_output, d_z1, d_weight, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`; not rounded to 16 bits on the way where the device has such a product."""
+    if a.is_cuda and a.dtype in NARROW and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _scaled(values: Tensor, scaling: float) -> Tensor:
+    return values if scaling == 1 else values.mul_(scaling)
 
 
 class FVAELinear(nn.Module, BaseTunerLayer):
@@ -165,11 +200,11 @@ class FVAELinear(nn.Module, BaseTunerLayer):
         with torch.autocast(device_type, enabled=False):
             if vae.training:
                 run = side_loss.LayerForward(self, name, num_tokens=x.numel() // self.in_features)
-                z1, *rest = vae(x.to(dtype), run.noise, run.with_statistics)
+                z1, *rest = vae(x.to(dtype), run.noise, run.with_statistics, run.with_loss)
                 run.report(z1, *rest)
             else:
                 (z1,) = vae(x.to(dtype))
-            return lora_B(z1.to(dtype), self.scaling[name], base)
+            return lora_B(z1, self.scaling[name], dtype, base)
 
     # ---------------------------------------------------------------------------------------------------------- merging
 

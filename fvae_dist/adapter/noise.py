@@ -148,7 +148,7 @@ def draw_ticket() -> int:
     It is what a layer can know a forward by in both of its runs: by then the forward's caller and its batch are gone,
     and other batches may have run in between.
     """
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
 
 
 def in_backward() -> bool:
@@ -163,9 +163,6 @@ class _Remembered:
         self.ticket = ticket
         self.noise = noise
 
-    def keep_alive(self, gradient: Tensor) -> None:
-        """A tensor hook that does nothing."""
-
 
 def remember(ticket: int, noise: Noise, outputs: tuple[Tensor, ...]) -> None:
     """Make the noise findable by its ticket for as long as the graph of one of `outputs` lives."""
@@ -178,7 +175,8 @@ def remember(ticket: int, noise: Noise, outputs: tuple[Tensor, ...]) -> None:
     remembered = _Remembered(ticket, noise)
     _live.setdefault(ticket, []).append(ref(remembered, partial(_forget, ticket)))
     for output in needed:
-        output.register_hook(remembered.keep_alive)
+        node: Any = output.grad_fn
+        node.metadata.setdefault("fvae_noise", []).append(remembered)
 
 
 def _forget(ticket: int, reference: ReferenceType[_Remembered]) -> None:

@@ -210,8 +210,7 @@ class Collector:
     def add(self, layer: Any, adapter: str, neg_elbo: Tensor, statistics: TokenStatistics | None) -> None:
         """Take one layer's report: neg_elbo (...), one value a token."""
         name = self._names[layer]
-        trainable = any(parameter.requires_grad for parameter in layer.fvae_vae[adapter].parameters())
-        if self._grad_enabled and trainable and not neg_elbo.requires_grad:
+        if self._grad_enabled and not neg_elbo.requires_grad and _is_trainable(layer.fvae_vae[adapter]):
             raise RuntimeError(
                 f"{name}: the side loss has no gradient, so it would silently not train. This is what reentrant "
                 "gradient checkpointing does; use gradient_checkpointing_kwargs={'use_reentrant': False}."
@@ -254,6 +253,10 @@ class Collector:
                 "some tokens (experts of a mixture, cross-attention) cannot be adapted with a token mask"
             )
         return mask.flatten()
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
@@ -300,7 +303,7 @@ def collect(
 class LayerForward:
     """What a layer in training mode needs to know of its forward, first or recomputed, and whom to report to.
 
-    `noise`: where its randomness comes from. `with_statistics`: whether somebody will read them.
+    `noise`: where its randomness comes from. `with_statistics`, `with_loss`: whether somebody will read their values.
     """
 
     def __init__(self, layer: nn.Module, adapter: str, num_tokens: int):
@@ -308,6 +311,7 @@ class LayerForward:
         self._ticket = draw_ticket()
         self._collector: Collector | None = None
         self._is_recomputation = in_backward()
+        self.with_loss = not self._is_recomputation
         self.noise: Noise = GENERATOR
         if self._is_recomputation:
             self.noise = recall(self._ticket)

@@ -225,12 +225,18 @@ class FactorizedVAE(Fp32Module):
         self.config = config
         self.encoder1 = Encoder(in_features, config)
         self.fused_spec, self.fused_problem = _fused_spec(config)
+        # Modules and names of the kernels' parameters, in their order; filled at the first use.
+        self._fused_owners: list[tuple[nn.Module, str]] = []
         if not config.inference_only:
             self.encoder2 = Encoder(in_features, config)
             self.decoder = Decoder(in_features, config)
 
     def forward(
-        self, x: Tensor, noise: GeneratorNoise | LayerNoise = GENERATOR, with_statistics: bool = False
+        self,
+        x: Tensor,
+        noise: GeneratorNoise | LayerNoise = GENERATOR,
+        with_statistics: bool = False,
+        with_loss: bool = True,
     ) -> tuple[Tensor, ...]:
         """Training: sample both latents and decode. Evaluation: the mean of q1, and nothing else is computed.
 
@@ -241,6 +247,7 @@ class FactorizedVAE(Fp32Module):
             x: input of the adapted linear, (..., D), fp32 or 16 bit.
             noise: where latents' noise and dropout come from.
             with_statistics: also return what telemetry needs.
+            with_loss: False where nobody reads the loss, as in recomputation: its values may then be meaningless.
 
         Returns:
             z1 (..., R); in training also the negative ELBO per token (...), and on request the fields of
@@ -254,7 +261,7 @@ class FactorizedVAE(Fp32Module):
                 "trained. Train from the full adapter, or call model.eval() to use this one."
             )
         if self._is_fused(x):
-            return self._fused_forward(x, noise, with_statistics)
+            return self._fused_forward(x, noise, with_statistics, with_loss)
         draws, keeps1, keeps2, keeps_decoder = self._draw(x, noise)
         q1 = self.encoder1(x, keeps1)
         z1 = z1_side = sample(q1[0], q1[1], draws.eps1)
@@ -284,12 +291,13 @@ class FactorizedVAE(Fp32Module):
         _log_fused()
         return True
 
-    def _fused_forward(self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool):
+    def _fused_forward(
+        self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool, with_loss: bool
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         stream = noise.stream(len(rows), x.device)
-        out = fused_vae(
-            rows, stream.keys.to(x.device), stream.salt, self._fused_parameters(), self.fused_spec, with_statistics
-        )
+        keys, parameters = stream.keys.to(x.device), self._fused_parameters()
+        out = fused_vae(rows, keys, stream.salt, parameters, self.fused_spec, with_statistics, with_loss)
         leading = x.shape[:-1]
         z1, loss = out.z1.view(*leading, self.config.r), out.loss.view(leading)
         if not with_statistics:
@@ -306,12 +314,17 @@ class FactorizedVAE(Fp32Module):
         return z1, loss, *terms, *posterior, rows.detach()[sample], rows.new_empty(0), out.squared_error[sample]
 
     def _fused_parameters(self) -> Parameters:
-        trunks: list[Any] = [encoder.trunk.linears[0] for encoder in (self.encoder1, self.encoder2)]
-        heads = [head for encoder in (self.encoder1, self.encoder2) for head in (encoder.mean, encoder.logvar)]
-        inner = (parameter for linear in (*heads, *self.decoder.layers.linears) for parameter in linear.parameters())
-        output = self.decoder.output
-        small = (*(trunk.bias for trunk in trunks), *inner)
-        return Parameters(trunks[0].weight, trunks[1].weight, output.weight, output.bias, self.decoder.scale, small)
+        if not self._fused_owners:
+            trunks: list[Any] = [encoder.trunk.linears[0] for encoder in (self.encoder1, self.encoder2)]
+            heads = [head for encoder in (self.encoder1, self.encoder2) for head in (encoder.mean, encoder.logvar)]
+            inner = [(linear, name) for linear in (*heads, *self.decoder.layers.linears) for name in ("weight", "bias")]
+            output = self.decoder.output
+            large = [(trunks[0], "weight"), (trunks[1], "weight"), (output, "weight"), (output, "bias")]
+            small = [(trunk, "bias") for trunk in trunks]
+            self._fused_owners = [*large, (self.decoder, "scale"), *small, *inner]
+        # Past nn.Module's __getattr__, which is slow.
+        found: list[Any] = [module._parameters[name] for module, name in self._fused_owners]
+        return Parameters(found[0], found[1], found[2], found[3], found[4], tuple(found[5:]))
 
     def _draw(self, x: Tensor, noise: GeneratorNoise | LayerNoise):
         """All randomness at once: the noise of the latents, and what each dropout of the three networks keeps."""

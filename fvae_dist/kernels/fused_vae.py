@@ -11,18 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
-from fvae_dist.kernels.launching import (
-    arguments_of,
-    cdiv,
-    kernels,
-    on,
-    over_features,
-    processors,
-    tiles_of,
-    token_chunks,
-)
+from fvae_dist.kernels.launching import Plan, kernels, on, plan_of
 from fvae_dist.kernels.spec import Spec
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -74,157 +66,116 @@ def problem(spec: Spec, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def fused_vae(
-    x: Tensor, keys: Tensor, salt: int, parameters: Parameters, spec: Spec, with_statistics: bool = False
+    x: Tensor,
+    keys: Tensor,
+    salt: int,
+    parameters: Parameters,
+    spec: Spec,
+    with_statistics: bool = False,
+    with_loss: bool = True,
 ) -> Outputs:
-    """Sample both latents and decode, for tokens x (T, D), bf16 or fp32; `keys` (T,) int64 and `salt`: their noise."""
+    """Sample both latents and decode, for tokens x (T, D), bf16 or fp32; `keys` (T,) int64 and `salt`: their noise.
+
+    Without loss its values are not computed, and meaningless; the graph is the same.
+    """
     large = (parameters.trunk1, parameters.trunk2, parameters.out_weight, parameters.out_bias, parameters.scale)
-    return Outputs(*_FusedVAE.apply(spec, with_statistics, salt, x, keys, *large, *parameters.small))
+    return Outputs(*_FusedVAE.apply(spec, with_statistics, with_loss, salt, x, keys, *large, *parameters.small))
 
 
 class _FusedVAE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec, with_statistics, salt, x, keys, trunk1, trunk2, out_weight, out_bias, scale, *small):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, spec, with_statistics, with_loss, salt, x, keys, trunk1, trunk2, out_weight, out_bias, scale, *small
+    ):
         x, keys = x.contiguous(), keys.contiguous()
         (num_tokens, features), c = x.shape, spec.coefficients
+        plan = plan_of(spec, x.dtype, num_tokens, features, x.device)
         wide = partial(x.new_empty, dtype=torch.float32)
         z1, z2, terms = wide((num_tokens, spec.r)), wide((num_tokens, spec.r)), wide((5, num_tokens))
         encoded, posterior = wide((num_tokens, 2 * spec.encoder_hidden)), wide((num_tokens, 4, spec.r))
         decoded = x.new_empty((spec.decoder_layers, num_tokens, spec.decoder_hidden))
-        flat = torch.cat([parameter.reshape(-1) for parameter in small])
+        flat = _flatten_dense_tensors(small)
         with on(x):
-            trunks, narrow_weight = _pack(spec, x, trunk1, trunk2, out_weight)
-            tiles, grid, chunk = over_features("encode", x, spec)
-            products = wide((grid[1], *encoded.shape))
-            kernels().encode_kernel[grid](
-                x,
-                trunks,
-                products,
-                num_tokens,
-                features,
-                chunk,
-                PARTS=len(trunks),
-                **arguments_of("encode", spec, x.dtype),
-                **tiles,
-            )
-            tiles = tiles_of("latents", x)
-            kernels().latents_kernel[(cdiv(num_tokens, tiles["BT"]),)](
+            trunks, narrow_weight = _pack(plan, x, trunk1, trunk2, out_weight)
+            products = wide((plan.encode_chunks, *encoded.shape))
+            plan.encode(x, trunks, products, num_tokens, features, plan.encode_chunk)
+            plan.latents(
                 products, keys, flat, z1, z2, terms, encoded, posterior, decoded, num_tokens, salt, *c[1:],
-                spec.prior_mean, spec.prior_std, CHUNKS=grid[1], **arguments_of("latents", spec, x.dtype), **tiles,
+                spec.prior_mean, spec.prior_std,
             )  # fmt: skip
-            tiles, grid, chunk = over_features("likelihood", x)
-            nll = wide((grid[1], 2, num_tokens) if with_statistics else (grid[1], num_tokens))
-            kernels().likelihood_kernel[grid](
-                x, narrow_weight, out_bias, scale, decoded[-1], nll, num_tokens, features, chunk, STATS=with_statistics,
-                **arguments_of("likelihood", spec, x.dtype), **tiles,
-            )  # fmt: skip
-        nll = _total(nll)
-        squared_error = x.new_empty(0)
-        if with_statistics:
-            nll, squared_error = nll.unbind(0)
-        loss = torch.add(terms[0], nll, alpha=c.nll)
-        if with_statistics:
-            terms[0], terms[1] = loss, nll
-        ctx.spec, ctx.shapes = spec, [parameter.shape for parameter in small]
+            output = (narrow_weight, out_bias, scale, decoded[-1])
+            loss, squared_error = terms[0], x.new_empty(0)
+            if with_statistics:
+                sums = wide((plan.likelihood_chunks, 2, num_tokens))
+                plan.likelihood_with_statistics(x, *output, sums, num_tokens, features, plan.likelihood_chunk)
+                nll, squared_error = _total(sums).unbind(0)
+                loss = torch.add(loss, nll, alpha=c.nll)
+                terms[0], terms[1] = loss, nll
+            elif with_loss:
+                sums = wide((plan.likelihood_chunks, num_tokens))
+                plan.likelihood(x, *output, sums, num_tokens, features, plan.likelihood_chunk)
+                loss = torch.add(loss, _total(sums), alpha=c.nll)
+            else:
+                loss = loss.clone()  # an output of its own, beside terms
+        # Not the parameters themselves: ZeRO-3 may have emptied them by the backward.
+        ctx.spec, ctx.plan, ctx.shapes = spec, plan, [parameter.shape for parameter in small]
         ctx.save_for_backward(x, trunks, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded)
         ctx.mark_non_differentiable(terms, posterior, squared_error)
+        ctx.set_materialize_grads(False)
         return z1, loss, terms, posterior, squared_error
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z1, d_loss, *_):  # type: ignore[override]
         x, trunks, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded = ctx.saved_tensors
-        spec, (num_tokens, features) = ctx.spec, x.shape
+        spec, plan, (num_tokens, features) = ctx.spec, ctx.plan, x.shape
         hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
         c, wide = spec.coefficients, partial(x.new_empty, dtype=torch.float32)
-        d_z1, d_loss = d_z1.contiguous(), d_loss.contiguous()
+        d_z1 = torch.zeros_like(z1) if d_z1 is None else d_z1.contiguous()
+        d_loss = wide(num_tokens).zero_() if d_loss is None else d_loss.contiguous()
         d_decoded, d_encoded = torch.empty_like(decoded), x.new_empty((num_tokens, 2 * hidden))
         output, sizes = (narrow_weight, out_bias, scale, decoded[-1]), (num_tokens, features)
-        d_x = None
+        d_last = wide((plan.backward_chunks, num_tokens, width))
+        of_tokens = wide((plan.latent_programs, spec.num_outer) if plan.sums_fit else 0)
+        d_posterior = wide(0 if plan.sums_fit else posterior.shape)
+        of_inner = wide((plan.inner_chunks, spec.num_small - spec.num_outer)) if depth > 1 else None
+        of_features = wide((plan.feature_chunks, features * (width + 2 + 2 * hidden)))
+        d_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
         with on(x):
-            tiles, grid, chunk = over_features("backward_likelihood", x)
-            d_last = wide((grid[1], num_tokens, width))
-            kernels().backward_likelihood_kernel[grid](
-                x,
-                *output,
-                d_loss,
-                d_last,
-                *sizes,
-                chunk,
-                c.nll,
-                **arguments_of("backward_likelihood", spec, x.dtype),
-                **tiles,
-            )
-            tiles = tiles_of("backward_latents", x)
-            blocks, sums = cdiv(num_tokens, tiles["BT"]), spec.sums_fit and x.dtype != torch.float32
-            programs = min(blocks, 2 * processors(x)) if sums else blocks
-            of_tokens = wide((programs, spec.num_outer) if sums else 0)
-            d_posterior = wide(0 if sums else posterior.shape)
-            kernels().backward_latents_kernel[(programs,)](
+            plan.backward_likelihood(x, *output, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
+            plan.backward_latents(
                 d_last, flat, z1, z2, encoded, posterior, decoded, d_loss, d_z1, d_decoded, d_encoded, d_posterior,
-                of_tokens, num_tokens, blocks, *c[1:5], spec.prior_mean, spec.prior_std, CHUNKS=grid[1],
-                SUMS=sums, **arguments_of("backward_latents", spec, x.dtype), **tiles,
+                of_tokens, num_tokens, plan.latent_blocks, *c[1:5], spec.prior_mean, spec.prior_std,
             )  # fmt: skip
-            if ctx.needs_input_grad[3]:
-                d_x, tiles = torch.empty_like(x), tiles_of("backward_input", x)
-                kernels().backward_input_kernel[(cdiv(features, tiles["BD"]), cdiv(num_tokens, tiles["BT"]))](
-                    x,
-                    trunks,
-                    *output,
-                    d_encoded,
-                    d_loss,
-                    d_x,
-                    *sizes,
-                    c.nll,
-                    **arguments_of("backward_input", spec, x.dtype),
-                    **tiles,
-                )
-            of_inner = _inner_gradients(spec, x, decoded, d_decoded) if depth > 1 else None
-            tiles = tiles_of("backward_features", x)
-            chunks = token_chunks(x, cdiv(features, tiles["BD"]), tiles["BT"])
-            of_features = wide((chunks, features * (width + 2 + 2 * hidden)))
-            kernels().backward_features_kernel[(cdiv(features, tiles["BD"]), chunks)](
-                x, *output, d_encoded, d_loss, of_features, *sizes, c.nll, cdiv(num_tokens, chunks),
-                **arguments_of("backward_features", spec, x.dtype), **tiles,
-            )  # fmt: skip
+            if d_x is not None:
+                plan.backward_input(x, trunks, *output, d_encoded, d_loss, d_x, *sizes, c.nll)
+            if of_inner is not None:
+                plan.backward_inner(decoded, d_decoded, of_inner, num_tokens, plan.inner_chunk)
+            plan.backward_features(x, *output, d_encoded, d_loss, of_features, *sizes, c.nll, plan.feature_chunk)
         numbers = [shape.numel() for shape in ctx.shapes]
         outer = len(numbers) - 2 * (depth - 1)
-        if sums:
-            small = _total(of_tokens).split(numbers[:outer])
+        if plan.sums_fit:
+            of_small = _total(of_tokens).split(numbers[:outer])
         else:
-            small = _outer_gradients(spec, z1, z2, encoded, d_posterior, d_encoded, d_decoded[0])
+            of_small = _outer_gradients(spec, z1, z2, encoded, d_posterior, d_encoded, d_decoded[0])
         if of_inner is not None:
-            small += _total(of_inner).split(numbers[outer:])
+            of_small += _total(of_inner).split(numbers[outer:])
         d_weight, d_bias, d_scale, d_trunk1, d_trunk2 = _total(of_features).split(
             [features * width, features, features, hidden * features, hidden * features]
         )
         of_trunks = (d_trunk1.view(hidden, features), d_trunk2.view(hidden, features))
         large = (*of_trunks, d_weight.view(features, width), d_bias, d_scale)
-        return None, None, None, d_x, None, *large, *(part.view(s) for part, s in zip(small, ctx.shapes, strict=True))
+        of_small = (part.view(shape) for part, shape in zip(of_small, ctx.shapes, strict=True))
+        return None, None, None, None, d_x, None, *large, *of_small
 
 
-def _pack(spec: Spec, x: Tensor, trunk1: Tensor, trunk2: Tensor, out_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _pack(plan: Plan, x: Tensor, trunk1: Tensor, trunk2: Tensor, out_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Trunks (parts, 2H, D) and output weight (D, W) in x's dtype."""
     if x.dtype == torch.float32:
         return torch.cat([trunk1, trunk2])[None], out_weight.contiguous()
     trunks, narrow = x.new_empty((2, 2 * len(trunk1), x.shape[1])), x.new_empty(out_weight.shape)
-    block = 1024
-    kernels().pack_kernel[(cdiv(max(trunks[0].numel(), narrow.numel()), block),)](
-        trunk1.contiguous(), trunk2.contiguous(), out_weight.contiguous(), trunks, narrow, x.shape[1],
-        **arguments_of("pack", spec, x.dtype), BLOCK=block,
-    )  # fmt: skip
+    plan.pack(trunk1.contiguous(), trunk2.contiguous(), out_weight.contiguous(), trunks, narrow, x.shape[1])
     return trunks, narrow
-
-
-def _inner_gradients(spec: Spec, x: Tensor, decoded: Tensor, d_decoded: Tensor) -> Tensor:
-    """Of the decoder's inner layers, a row of weights and biases for each chunk of tokens."""
-    tiles, width, inner = tiles_of("backward_inner", x), spec.decoder_hidden, spec.decoder_layers - 1
-    blocks = cdiv(width, tiles["BD"])
-    chunks = token_chunks(x, inner * blocks, tiles["BT"])
-    sums = x.new_empty((chunks, inner * width * (width + 1)), dtype=torch.float32)
-    kernels().backward_inner_kernel[(inner, chunks, blocks)](
-        decoded, d_decoded, sums, len(x), cdiv(len(x), chunks), **arguments_of("backward_inner", spec, x.dtype), **tiles
-    )
-    return sums
 
 
 def _outer_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -38,16 +39,9 @@ def _num_processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def processors(x: Tensor) -> int:
-    """Multiprocessors of x's device; the interpreter is tested with two."""
-    return _num_processors(x.device.index) if x.is_cuda else 2
-
-
-@lru_cache
-def arguments_of(kernel: str, spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments of the kernel of that name, but its tile."""
-    names = getattr(kernels(), f"{kernel}_kernel").arg_names
-    return {name: value for name, value in constants_of(spec, dtype).items() if name in names}
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; the interpreter is tested with two."""
+    return _num_processors(device.index) if device.type == "cuda" else 2
 
 
 def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
@@ -101,26 +95,114 @@ _EXACT_TILES = {
 _INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _EXACT_TILES.items()}
 
 
-def tiles_of(kernel: str, x: Tensor, spec: Spec | None = None) -> dict[str, int]:
-    """Arguments of a kernel's launch; `spec` where the encoders' width counts for what a program must hold."""
-    table = _INTERPRETED_TILES if not x.is_cuda else _EXACT_TILES if x.dtype == torch.float32 else NARROW_TILES
-    tokens, features, warps, stages = table[kernel]
-    if spec is not None and spec.encoder_hidden > 32:
-        features = min(features, 32)
-    return {"BT": tokens, **({"BD": features} if features else {}), "num_warps": warps, "num_stages": stages}
+class Launch:
+    """A kernel with its grid and its compile-time arguments.
+
+    Triton looks at all arguments of every launch anew, 50 us and more on a slow host: as long as these kernels run.
+    Here a compiled kernel is found by that alone for which Triton would compile another one: whether pointers are
+    aligned, dtypes, and integers that are 1, divisible by 16, or need 64 bits.
+    """
+
+    def __init__(self, kernel: str, grid: tuple[int, ...], constants: dict[str, Any]):
+        self._kernel = getattr(kernels(), f"{kernel}_kernel")
+        self._grid, self._constants = (*grid, 1, 1)[:3], constants
+        self._last = [constants[name] for name in self._kernel.arg_names if name in constants]
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __call__(self, *arguments: Tensor | float) -> None:
+        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones."""
+        kind = tuple(map(_kind_of, arguments))
+        run = self._compiled.get(kind)
+        if run is not None:
+            run(*arguments, *self._last)
+            return
+        compiled = self._kernel[self._grid](*arguments, **self._constants)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._compiled[kind] = compiled[self._grid]
 
 
-def over_features(kernel: str, x: Tensor, spec: Spec | None = None) -> tuple[dict[str, int], tuple[int, int], int]:
-    """Tiles, grid (blocks of tokens, chunks of features), features of a chunk: enough programs for all processors."""
-    tiles = tiles_of(kernel, x, spec)
-    blocks, steps = cdiv(len(x), tiles["BT"]), cdiv(x.shape[1], tiles["BD"])
-    chunks = 1
-    while chunks < min(8, steps) and blocks * chunks < 3 * processors(x):
-        chunks *= 2
-    chunk = cdiv(steps, chunks) * tiles["BD"]
-    return tiles, (blocks, cdiv(x.shape[1], chunk)), chunk
+def _kind_of(argument: Tensor | float) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return None
 
 
-def token_chunks(x: Tensor, programs: int, tile: int) -> int:
-    """Into how many chunks the tokens are split so that every processor has a program."""
-    return min(max(1, processors(x) // programs), cdiv(len(x), tile))
+class Plan:
+    """All launches for inputs x (T, D) of one kind, and how the sums over features and tokens are split between them.
+
+    A sum over features is split into chunks (`encode_chunk`: features of a chunk; `encode_chunks`: how many) where
+    there would be too few programs for all processors; a sum over tokens is, so that every processor has a program.
+    """
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, num_tokens: int, features: int, device: torch.device):
+        self._spec, self._dtype, self._on_gpu = spec, dtype, device.type == "cuda"
+        self._num_tokens, self._features, self._processors = num_tokens, features, processors(device)
+        exact = dtype == torch.float32
+        if not exact:
+            largest = features * max(2 * spec.encoder_hidden, spec.decoder_hidden)
+            self.pack = self._launch("pack", (cdiv(largest, 1024),), BLOCK=1024)
+        blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
+        self.encode = self._launch("encode", (blocks, self.encode_chunks), PARTS=1 if exact else 2)
+        self.latents = self._launch("latents", (self._blocks("latents"),), CHUNKS=self.encode_chunks)
+        blocks, self.likelihood_chunks, self.likelihood_chunk = self._over_features("likelihood")
+        grid = (blocks, self.likelihood_chunks)
+        self.likelihood = self._launch("likelihood", grid, STATS=False)
+        self.likelihood_with_statistics = self._launch("likelihood", grid, STATS=True)
+
+        blocks, self.backward_chunks, self.backward_chunk = self._over_features("backward_likelihood")
+        self.backward_likelihood = self._launch("backward_likelihood", (blocks, self.backward_chunks))
+        self.latent_blocks = self._blocks("backward_latents")
+        self.sums_fit = spec.sums_fit and not exact
+        self.latent_programs = min(self.latent_blocks, 2 * self._processors) if self.sums_fit else self.latent_blocks
+        self.backward_latents = self._launch(
+            "backward_latents", (self.latent_programs,), CHUNKS=self.backward_chunks, SUMS=self.sums_fit
+        )
+        of_features = cdiv(features, self._tile("backward_input")[1])
+        self.backward_input = self._launch("backward_input", (of_features, self._blocks("backward_input")))
+        if spec.decoder_layers > 1:
+            inner, blocks = spec.decoder_layers - 1, cdiv(spec.decoder_hidden, self._tile("backward_inner")[1])
+            self.inner_chunks, self.inner_chunk = self._over_tokens("backward_inner", inner * blocks)
+            self.backward_inner = self._launch("backward_inner", (inner, self.inner_chunks, blocks))
+        blocks = cdiv(features, self._tile("backward_features")[1])
+        self.feature_chunks, self.feature_chunk = self._over_tokens("backward_features", blocks)
+        self.backward_features = self._launch("backward_features", (blocks, self.feature_chunks))
+
+    def _tile(self, kernel: str) -> tuple[int, int, int, int]:
+        exact = self._dtype == torch.float32
+        table = _INTERPRETED_TILES if not self._on_gpu else _EXACT_TILES if exact else NARROW_TILES
+        tokens, features, warps, stages = table[kernel]
+        if kernel == "encode" and self._spec.encoder_hidden > 32:  # what a program must hold
+            features = min(features, 32)
+        return tokens, features, warps, stages
+
+    def _blocks(self, kernel: str) -> int:
+        return cdiv(self._num_tokens, self._tile(kernel)[0])
+
+    def _over_features(self, kernel: str) -> tuple[int, int, int]:
+        """Blocks of tokens, chunks of features, features of a chunk."""
+        blocks, tile = self._blocks(kernel), self._tile(kernel)[1]
+        steps, chunks = cdiv(self._features, tile), 1
+        while chunks < min(8, steps) and blocks * chunks < 3 * self._processors:
+            chunks *= 2
+        chunk = cdiv(steps, chunks) * tile
+        return blocks, cdiv(self._features, chunk), chunk
+
+    def _over_tokens(self, kernel: str, programs: int) -> tuple[int, int]:
+        """Chunks of tokens and tokens of a chunk, where each chunk has so many programs."""
+        chunks = min(max(1, self._processors // programs), self._blocks(kernel))
+        return chunks, cdiv(self._num_tokens, chunks)
+
+    def _launch(self, kernel: str, grid: tuple[int, ...], **constants: Any) -> Launch:
+        values, options = constants_of(self._spec, self._dtype) | constants, {}
+        if kernel != "pack":
+            values["BT"], values["BD"], options["num_warps"], options["num_stages"] = self._tile(kernel)
+        names = getattr(kernels(), f"{kernel}_kernel").arg_names
+        return Launch(kernel, grid, {name: value for name, value in values.items() if name in names} | options)
+
+
+@lru_cache(maxsize=256)  # lengths of rows differ from batch to batch
+def plan_of(spec: Spec, dtype: torch.dtype, num_tokens: int, features: int, device: torch.device) -> Plan:
+    """The plan for x (num_tokens, features), made once."""
+    return Plan(spec, dtype, num_tokens, features, device)
