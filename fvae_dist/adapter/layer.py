@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from fvae_dist.adapter import side_loss
+from fvae_dist.adapter import side_loss, together
 from fvae_dist.adapter.config import FVAELoraConfig
-from fvae_dist.adapter.vae import NARROW, CastLinear, FactorizedVAE, Fp32Module
+from fvae_dist.adapter.up_projection import UpProjection
+from fvae_dist.adapter.vae import NARROW, FactorizedVAE
 
 MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,57 +34,6 @@ def linear_features(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(in_features, int) and isinstance(out_features, int):
         return in_features, out_features
     return None
-
-
-class UpProjection(Fp32Module, CastLinear):
-    """lora_B: (out_features, r), no bias, N(0, 0.02^2) at the start."""
-
-    def __init__(self, r: int, out_features: int):
-        super().__init__(r, out_features, bias=False)
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, z1: Tensor, scaling: float, dtype: torch.dtype, base: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """scaling * B z1, (..., r) -> (..., out_features), computed in `dtype`; added to `base` where one is given."""
-        if base is not None and base.dtype == dtype:
-            return _Update.apply(base, z1, self.weight, scaling)
-        update = super().forward(z1.to(dtype)) * scaling
-        return update if base is None else base + update.to(base.dtype)
-
-
-class _Update(torch.autograd.Function):
-    """base + scaling * z1 @ weight.T in base's dtype, in one pass over the output: what autograd would record are
-    seven operations, more work for the host than for a GPU."""
-
-    @staticmethod
-    def forward(ctx, base: Tensor, z1: Tensor, weight: Tensor, scaling: float) -> Tensor:  # type: ignore[override]
-        rows, narrow = z1.reshape(-1, z1.shape[-1]).to(base.dtype), weight.to(base.dtype)
-        ctx.save_for_backward(rows, narrow)
-        ctx.scaling, ctx.shape, ctx.dtypes = scaling, z1.shape, (z1.dtype, weight.dtype)
-        return torch.addmm(base.reshape(len(rows), -1), rows, narrow.t(), alpha=scaling).view(base.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_output: Tensor):  # type: ignore[override]
-        rows, narrow = ctx.saved_tensors
-        gradient = d_output.reshape(len(rows), -1)
-        z1_dtype, weight_dtype = ctx.dtypes
-        d_z1 = d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_z1 = _scaled(_product(gradient, narrow, z1_dtype), ctx.scaling).view(ctx.shape)
-        if ctx.needs_input_grad[2]:
-            d_weight = _scaled(_product(gradient.t(), rows, weight_dtype), ctx.scaling)
-        return d_output, d_z1, d_weight, None
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; not rounded to 16 bits on the way where the device has such a product."""
-    if a.is_cuda and a.dtype in NARROW and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
-
-
-def _scaled(values: Tensor, scaling: float) -> Tensor:
-    return values if scaling == 1 else values.mul_(scaling)
 
 
 class FVAELinear(nn.Module, BaseTunerLayer):
@@ -119,6 +68,11 @@ class FVAELinear(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        # Layers after this one that read the same input, what one before it has computed for it, and whether ZeRO-3
+        # leaves its adapters whole; see `together`.
+        self.followers: tuple[FVAELinear, ...] = ()
+        self.ahead: together.Ahead | None = None
+        self.stays_whole = False
         # The base layer's own parameters while merged ones stand in for them.
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.update_layer(adapter_name, config)
@@ -158,6 +112,10 @@ class FVAELinear(nn.Module, BaseTunerLayer):
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.training and not args and not kwargs and adapter_names is None:
+            output = together.forward(self, x)
+            if output is not None:
+                return output
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -165,7 +123,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
             return self._add_mixed_updates(result, x, adapter_names)
         for name in self.active_adapters:
             if name in self.fvae_lora_B:
-                result = self._update(name, x, result)
+                result = self.update(name, x, result)
         return result
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
@@ -184,20 +142,23 @@ class FVAELinear(nn.Module, BaseTunerLayer):
             if name in self.fvae_lora_B:
                 samples = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
                 # Not in place: the base layer's output may be a view, or be needed by its backward.
-                result = result.index_add(0, samples, self._update(name, x[samples]).to(result.dtype))
+                result = result.index_add(0, samples, self.update(name, x[samples]).to(result.dtype))
         return result
 
-    def _update(self, name: str, x: Tensor, base: Tensor | None = None) -> Tensor:
+    def compute_dtype(self, name: str, x: Tensor) -> torch.dtype:
+        """What an adapter's wide products run in: autocast's dtype, or x's if that is narrow."""
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return x.dtype if x.dtype in NARROW else self.fvae_lora_B[name].weight.dtype  # type: ignore[return-value, union-attr]
+
+    def update(self, name: str, x: Tensor, base: Tensor | None = None) -> Tensor:
         """scale * B z1 of one adapter, (..., D) -> (..., O), in the compute dtype; added to `base` if there is one."""
         vae: Any = self.fvae_vae[name]
         lora_B: Any = self.fvae_lora_B[name]
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        else:
-            dtype = x.dtype if x.dtype in NARROW else lora_B.weight.dtype
+        dtype = self.compute_dtype(name, x)
         # Statistics stay in fp32 under an outer autocast; the casts of the large products are explicit.
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             if vae.training:
                 run = side_loss.LayerForward(self, name, num_tokens=x.numel() // self.in_features)
                 z1, *rest = vae(x.to(dtype), run.noise, run.with_statistics, run.with_loss)

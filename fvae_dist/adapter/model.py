@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fvae_dist.adapter.layer import FVAELinear, linear_features, rename_key, renamed
 from fvae_dist.adapter.registration import PREFIX
+from fvae_dist.adapter.together import followers_of
 
 # In a mixed batch: a sample that no adapter touches.
 BASE = "__base__"
@@ -43,6 +44,10 @@ class FVAELoraModel(BaseTuner):
         self._check_adapter_names(model, self.peft_config)
         self._check_targets(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for block in model.modules():
+            for name, child in block.named_children():
+                if isinstance(child, FVAELinear):
+                    child.followers = followers_of(block, name, FVAELinear)
 
     @staticmethod
     def _untrainable(adapter_name: str) -> str:

@@ -30,7 +30,7 @@ from fvae_dist.adapter.objective import (
     wide_dtype,
 )
 from fvae_dist.adapter.telemetry import r2_sample, token_statistics
-from fvae_dist.kernels.fused_vae import Parameters, fused_vae, problem
+from fvae_dist.kernels.fused_vae import Call, Side, fused_vae, problem
 from fvae_dist.kernels.spec import Spec
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class FactorizedVAE(Fp32Module):
                 "this adapter was saved with inference_only=True: encoder 2 and decoder are missing, so it cannot be "
                 "trained. Train from the full adapter, or call model.eval() to use this one."
             )
-        if self._is_fused(x):
+        if self.is_fused(x):
             return self._fused_forward(x, noise, with_statistics, with_loss)
         draws, keeps1, keeps2, keeps_decoder = self._draw(x, noise)
         q1 = self.encoder1(x, keeps1)
@@ -279,8 +279,8 @@ class FactorizedVAE(Fp32Module):
             return z1, loss
         return z1, loss, *token_statistics(terms, loss, q1, q2, x, xhat)
 
-    def _is_fused(self, x: Tensor) -> bool:
-        """Whether the kernels compute this forward: so far only where asked for. Logged once."""
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether the kernels compute the training forward for x: so far only where asked for. Logged once."""
         if self.config.kernel != "fused" or not x.numel():
             return False
         reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
@@ -294,26 +294,13 @@ class FactorizedVAE(Fp32Module):
     def _fused_forward(
         self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool, with_loss: bool
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        stream = noise.stream(len(rows), x.device)
-        keys, parameters = stream.keys.to(x.device), self._fused_parameters()
-        out = fused_vae(rows, keys, stream.salt, parameters, self.fused_spec, with_statistics, with_loss)
-        leading = x.shape[:-1]
-        z1, loss = out.z1.view(*leading, self.config.r), out.loss.view(leading)
-        if not with_statistics:
-            return z1, loss
-        sample = r2_sample(len(rows), x.device)
-        terms = (out.terms[i].view(leading) for i in (1, 2, 3, 4, 0))
-        mean1, logvar1, mean2, logvar2 = out.posterior.view(*leading, 4, self.config.r).unbind(-2)
-        posterior = (
-            mean1,
-            logvar1.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT),
-            mean2,
-            logvar2.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT),
-        )
-        return z1, loss, *terms, *posterior, rows.detach()[sample], rows.new_empty(0), out.squared_error[sample]
+        stream = noise.stream(x.numel() // x.shape[-1], x.device)
+        call = Call(self.fused_spec, (stream.salt,), 1.0, with_statistics, with_loss)
+        z1, side = fused_vae(call, x, stream.keys.to(x.device), self.fused_parameters())
+        return z1, side.loss, *(self.fused_statistics(x, side) if with_statistics else ())
 
-    def _fused_parameters(self) -> Parameters:
+    def fused_parameters(self) -> list[Tensor]:
+        """In the order of the kernels."""
         if not self._fused_owners:
             trunks: list[Any] = [encoder.trunk.linears[0] for encoder in (self.encoder1, self.encoder2)]
             heads = [head for encoder in (self.encoder1, self.encoder2) for head in (encoder.mean, encoder.logvar)]
@@ -323,8 +310,18 @@ class FactorizedVAE(Fp32Module):
             small = [(trunk, "bias") for trunk in trunks]
             self._fused_owners = [*large, (self.decoder, "scale"), *small, *inner]
         # Past nn.Module's __getattr__, which is slow.
-        found: list[Any] = [module._parameters[name] for module, name in self._fused_owners]
-        return Parameters(found[0], found[1], found[2], found[3], found[4], tuple(found[5:]))
+        return [module._parameters[name] for module, name in self._fused_owners]  # type: ignore[misc]
+
+    def fused_statistics(self, x: Tensor, side: Side) -> tuple[Tensor, ...]:
+        """The fields of `TokenStatistics` for x (..., D)."""
+        assert side.terms is not None and side.posterior is not None and side.squared_error is not None
+        rows, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        sample = r2_sample(len(rows), x.device)
+        terms = (side.terms[i].view(leading) for i in (1, 2, 3, 4, 0))
+        mean1, logvar1, mean2, logvar2 = side.posterior.view(*leading, 4, self.config.r).unbind(-2)
+        logvar1, logvar2 = (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) for logvar in (logvar1, logvar2))
+        of_sample = (rows.detach()[sample], rows.new_empty(0), side.squared_error[sample])
+        return *terms, mean1, logvar1, mean2, logvar2, *of_sample
 
     def _draw(self, x: Tensor, noise: GeneratorNoise | LayerNoise):
         """All randomness at once: the noise of the latents, and what each dropout of the three networks keeps."""

@@ -1,11 +1,15 @@
-"""The training forward and backward of one layer's VAE in a few kernels, as an autograd function.
+"""The training forward and backward of VAEs with one input in a few kernels, as autograd functions.
 
-Which layers it takes says `problem`; what it computes is `fvae_dist.adapter.vae.FactorizedVAE.forward`.
+`fused_vae` is one VAE, `fused_updates` also the up-projections of up to MAX_ADAPTERS layers that read the same x: the
+kernels run once for all of them. Which layers they take says `problem`; what they compute is
+`fvae_dist.adapter.vae.FactorizedVAE.forward`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -15,35 +19,38 @@ from torch._utils import _flatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
 from fvae_dist.kernels.launching import Plan, kernels, on, plan_of
+from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
 DTYPES = (torch.bfloat16, torch.float32)
 WIDEST = 128
 DEEPEST_DECODER = 3
+MAX_ADAPTERS = 3
+# Of a VAE's parameters: those with values for each feature, and those before the decoder's inner layers.
+_OF_FEATURES, _BEFORE_INNER = 5, 17
 
 
-class Parameters(NamedTuple):
-    """Of one VAE: both encoders' trunk weights (H, D); the decoder's output weight (D, W), bias (D), scale (D); and the
-    small ones in the order of `vae_triton`."""
+class Side(NamedTuple):
+    """Of one adapter, all fp32: the loss of each token (...), differentiable where it was asked for. With statistics
+    also terms (5, T): loss, nll, kl_z1, z1_sq, z2_sq; posterior (T, 4, R): mean and log-variance before its clamp, of
+    both encoders; squared_error (T,) of x's reconstruction."""
 
-    trunk1: Tensor
-    trunk2: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    scale: Tensor
-    small: tuple[Tensor, ...]
-
-
-class Outputs(NamedTuple):
-    """z1 (T, R) and loss (T,), differentiable; terms (5, T): loss, nll, kl_z1, z1_sq, z2_sq; posterior (T, 4, R): mean
-    and log-variance before its clamp, of both encoders; with statistics the squared error (T,) of x's reconstruction.
-    All fp32."""
-
-    z1: Tensor
     loss: Tensor
-    terms: Tensor
-    posterior: Tensor
-    squared_error: Tensor
+    terms: Tensor | None = None
+    posterior: Tensor | None = None
+    squared_error: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a forward needs beside tensors: `salts`, one for each adapter, begin their noise; the update is added
+    `scaling` times. Without loss its values are not computed, and meaningless; the graph is the same."""
+
+    spec: Spec
+    salts: tuple[int, ...]
+    scaling: float = 1.0
+    with_statistics: bool = False
+    with_loss: bool = True
 
 
 @lru_cache
@@ -65,130 +72,228 @@ def problem(spec: Spec, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def fused_vae(
-    x: Tensor,
-    keys: Tensor,
-    salt: int,
-    parameters: Parameters,
-    spec: Spec,
-    with_statistics: bool = False,
-    with_loss: bool = True,
-) -> Outputs:
-    """Sample both latents and decode, for tokens x (T, D), bf16 or fp32; `keys` (T,) int64 and `salt`: their noise.
+def fused_vae(call: Call, x: Tensor, keys: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Side]:
+    """z1 (..., R) fp32 of one VAE for x (..., D), bf16 or fp32; `keys` (T,) int64: of the noise of x's T tokens.
 
-    Without loss its values are not computed, and meaningless; the graph is the same.
+    `parameters`: the VAE's in the order of `vae_triton`, fp32.
     """
-    large = (parameters.trunk1, parameters.trunk2, parameters.out_weight, parameters.out_bias, parameters.scale)
-    return Outputs(*_FusedVAE.apply(spec, with_statistics, with_loss, salt, x, keys, *large, *parameters.small))
+    z1, loss, *statistics = _FusedVAE.apply(call, x, keys, *parameters)
+    return z1, Side(loss, *(part[0] for part in statistics))
+
+
+def fused_updates(
+    call: Call, x: Tensor, keys: Tensor, bases: Sequence[Tensor], parameters: Sequence[Tensor], ups: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], list[Side]]:
+    """base + scaling * B z1 of several layers, in the dtype of x and the bases (..., O): as `fused_vae` for each.
+
+    `parameters`: those of one VAE after the other; `ups`: their B (O, R), fp32.
+    """
+    number = len(bases)
+    found = _FusedUpdates.apply(call, x, keys, *bases, *parameters, *ups)
+    statistics = found[2 * number :]
+    sides = [Side(loss, *(part[i] for part in statistics)) for i, loss in enumerate(found[number : 2 * number])]
+    return found[:number], sides
 
 
 class _FusedVAE(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, spec, with_statistics, with_loss, salt, x, keys, trunk1, trunk2, out_weight, out_bias, scale, *small
-    ):
-        x, keys = x.contiguous(), keys.contiguous()
-        (num_tokens, features), c = x.shape, spec.coefficients
-        plan = plan_of(spec, x.dtype, num_tokens, features, x.device)
-        wide = partial(x.new_empty, dtype=torch.float32)
-        z1, z2, terms = wide((num_tokens, spec.r)), wide((num_tokens, spec.r)), wide((5, num_tokens))
-        encoded, posterior = wide((num_tokens, 2 * spec.encoder_hidden)), wide((num_tokens, 4, spec.r))
-        decoded = x.new_empty((spec.decoder_layers, num_tokens, spec.decoder_hidden))
-        flat = _flatten_dense_tensors(small)
-        with on(x):
-            trunks, narrow_weight = _pack(plan, x, trunk1, trunk2, out_weight)
-            products = wide((plan.encode_chunks, *encoded.shape))
-            plan.encode(x, trunks, products, num_tokens, features, plan.encode_chunk)
-            plan.latents(
-                products, keys, flat, z1, z2, terms, encoded, posterior, decoded, num_tokens, salt, *c[1:],
-                spec.prior_mean, spec.prior_std,
-            )  # fmt: skip
-            output = (narrow_weight, out_bias, scale, decoded[-1])
-            loss, squared_error = terms[0], x.new_empty(0)
-            if with_statistics:
-                sums = wide((plan.likelihood_chunks, 2, num_tokens))
-                plan.likelihood_with_statistics(x, *output, sums, num_tokens, features, plan.likelihood_chunk)
-                nll, squared_error = _total(sums).unbind(0)
-                loss = torch.add(loss, nll, alpha=c.nll)
-                terms[0], terms[1] = loss, nll
-            elif with_loss:
-                sums = wide((plan.likelihood_chunks, num_tokens))
-                plan.likelihood(x, *output, sums, num_tokens, features, plan.likelihood_chunk)
-                loss = torch.add(loss, _total(sums), alpha=c.nll)
-            else:
-                loss = loss.clone()  # an output of its own, beside terms
-        # Not the parameters themselves: ZeRO-3 may have emptied them by the backward.
-        ctx.spec, ctx.plan, ctx.shapes = spec, plan, [parameter.shape for parameter in small]
-        ctx.save_for_backward(x, trunks, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded)
-        ctx.mark_non_differentiable(terms, posterior, squared_error)
+    def forward(ctx, call: Call, x: Tensor, keys: Tensor, *parameters: Tensor):  # type: ignore[override]
+        run = _Run(call, x, 1)
+        rows, state, loss, statistics = run.forward(x, keys, parameters)
+        ctx.run, ctx.shapes = run, [parameter.shape for parameter in parameters]
+        ctx.save_for_backward(rows, *state)
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return z1, loss, terms, posterior, squared_error
+        leading = x.shape[:-1]
+        return state.z1.view(*leading, call.spec.r), loss.view(leading), *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z1, d_loss, *_):  # type: ignore[override]
-        x, trunks, flat, narrow_weight, out_bias, scale, z1, z2, encoded, posterior, decoded = ctx.saved_tensors
-        spec, plan, (num_tokens, features) = ctx.spec, ctx.plan, x.shape
-        hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
-        c, wide = spec.coefficients, partial(x.new_empty, dtype=torch.float32)
-        d_z1 = torch.zeros_like(z1) if d_z1 is None else d_z1.contiguous()
-        d_loss = wide(num_tokens).zero_() if d_loss is None else d_loss.contiguous()
-        d_decoded, d_encoded = torch.empty_like(decoded), x.new_empty((num_tokens, 2 * hidden))
-        output, sizes = (narrow_weight, out_bias, scale, decoded[-1]), (num_tokens, features)
-        d_last = wide((plan.backward_chunks, num_tokens, width))
-        of_tokens = wide((plan.latent_programs, spec.num_outer) if plan.sums_fit else 0)
-        d_posterior = wide(0 if plan.sums_fit else posterior.shape)
-        of_inner = wide((plan.inner_chunks, spec.num_small - spec.num_outer)) if depth > 1 else None
-        of_features = wide((plan.feature_chunks, features * (width + 2 + 2 * hidden)))
-        d_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
+        rows, *saved = ctx.saved_tensors
+        state = State(*saved)
+        d_z1 = torch.zeros_like(state.z1) if d_z1 is None else d_z1.contiguous()
+        d_x, of_parameters = ctx.run.backward(rows, state, d_z1, [d_loss], ctx.needs_input_grad[1])
+        return None, d_x, None, *_split(of_parameters, ctx.shapes)
+
+
+class _FusedUpdates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Call, x: Tensor, keys: Tensor, *tensors: Tensor):  # type: ignore[override]
+        number, leading = len(call.salts), x.shape[:-1]
+        bases, parameters, ups = tensors[:number], tensors[number:-number], tensors[-number:]
+        run = _Run(call, x, number)
+        rows, state, loss, statistics = run.forward(x, keys, parameters, ups)
+        # Not the parameters themselves: ZeRO-3 may have emptied them by the backward.
+        ctx.run, ctx.shapes, ctx.up_shapes = run, [one.shape for one in parameters], [up.shape for up in ups]
+        ctx.save_for_backward(rows, *state)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        outputs = [
+            torch.addmm(base.reshape(len(rows), -1), z1, up.t(), alpha=call.scaling).view(base.shape)
+            for base, z1, up in zip(bases, state.narrow_z1, _split_ups(state, ctx.up_shapes), strict=True)
+        ]
+        return *outputs, *(of.view(leading) for of in loss), *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # type: ignore[override]
+        rows, *saved = ctx.saved_tensors
+        run, state, number = ctx.run, State(*saved), len(ctx.up_shapes)
+        d_outputs, d_losses = gradients[:number], gradients[number : 2 * number]
+        d_z1 = torch.empty_like(state.z1)
+        d_ups: list[Tensor | None] = [None] * number
+        for i, (d_output, up) in enumerate(zip(d_outputs, _split_ups(state, ctx.up_shapes), strict=True)):
+            if d_output is None:
+                d_z1[i] = 0
+                continue
+            d_rows = d_output.reshape(len(rows), -1)
+            wide_product(d_rows, up, d_z1[i])
+            d_up = wide_product(d_rows.t(), state.narrow_z1[i], rows.new_empty(up.shape, dtype=torch.float32))
+            d_ups[i] = d_up if run.call.scaling == 1 else d_up.mul_(run.call.scaling)
+        d_x, of_parameters = run.backward(rows, state, d_z1, d_losses, ctx.needs_input_grad[1])
+        return None, d_x, None, *d_outputs, *_split(of_parameters, ctx.shapes), *d_ups
+
+
+class State(NamedTuple):
+    """What the backward needs beside x, of all G adapters: the parameters as packed by the kernels, and of each token
+    what is narrow. `up` are the up-projections in x's dtype, one behind the other."""
+
+    parameters: Tensor
+    trunks: Tensor
+    narrow: Tensor
+    up: Tensor
+    z1: Tensor
+    z2: Tensor
+    narrow_z1: Tensor
+    encoded: Tensor
+    posterior: Tensor
+    decoded: Tensor
+
+
+class _Run:
+    """Forward and backward of G adapters for one x."""
+
+    def __init__(self, call: Call, x: Tensor, number: int):
+        self.call, self.number, self.shape = call, number, x.shape
+        features = x.shape[-1]
+        self.plan: Plan = plan_of(call.spec, x.dtype, (x.numel() // features, features), number, x.device)
+
+    def forward(
+        self, x: Tensor, keys: Tensor, parameters: Sequence[Tensor], ups: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, State, Tensor, tuple[Tensor, ...]]:
+        """x's rows (T, D), the state, the loss (G, T) and with statistics the other fields of `Side`, (G, ...).
+
+        `parameters` and `ups` are those of all adapters.
+        """
+        call, plan, number = self.call, self.plan, self.number
+        x = x.reshape(-1, x.shape[-1]).contiguous()
+        spec, (num_tokens, features), keys = call.spec, x.shape, keys.contiguous()
+        wide = partial(x.new_empty, dtype=torch.float32)
+        flat = _flatten_dense_tensors((*parameters, *ups))
+        num_up = len(flat) - number * plan.stride
+        state = State(
+            parameters=flat,
+            trunks=x.new_empty((number, plan.parts, 2 * spec.encoder_hidden, features)),
+            narrow=x.new_empty((number, features, spec.decoder_hidden)),
+            up=x.new_empty(num_up),
+            z1=wide((number, num_tokens, spec.r)),
+            z2=wide((number, num_tokens, spec.r)),
+            narrow_z1=x.new_empty((number, num_tokens, spec.r)),
+            encoded=wide((number, num_tokens, 2 * spec.encoder_hidden)),
+            posterior=wide((number, num_tokens, 4, spec.r)),
+            decoded=x.new_empty((number, spec.decoder_layers, num_tokens, spec.decoder_hidden)),
+        )
+        terms = wide((number, 5, num_tokens))
+        c, loss = spec.coefficients, terms[:, 0]
+        statistics: tuple[Tensor, ...] = ()
+        salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
         with on(x):
-            plan.backward_likelihood(x, *output, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
+            plan.pack(flat, state.trunks, state.narrow, state.up, features, plan.stride, num_up)
+            products = wide((plan.encode_chunks, *state.encoded.shape))
+            plan.encode(x, state.trunks, products, num_tokens, features, plan.encode_chunk)
+            plan.latents(
+                products, keys, flat, state.z1, state.z2, state.narrow_z1, terms, state.encoded, state.posterior,
+                state.decoded, num_tokens, plan.stride, *salts, *c[1:], spec.prior_mean, spec.prior_std,
+            )  # fmt: skip
+            decoder = (x, flat, state.narrow, state.decoded)
+            sizes = (num_tokens, features, plan.stride, plan.likelihood_chunk)
+            if call.with_statistics:
+                sums = wide((plan.likelihood_chunks, 2, number, num_tokens))
+                plan.likelihood_with_statistics(*decoder, sums, *sizes)
+                nll, squared_error = _total(sums).unbind(0)
+                loss = torch.add(loss, nll, alpha=c.nll)
+                terms[:, 0], terms[:, 1] = loss, nll
+                statistics = terms, state.posterior.detach(), squared_error
+            elif call.with_loss:
+                sums = wide((plan.likelihood_chunks, number, num_tokens))
+                plan.likelihood(*decoder, sums, *sizes)
+                loss = torch.add(loss, _total(sums), alpha=c.nll)
+        return x, state, loss, statistics
+
+    def backward(
+        self, x: Tensor, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients to x and to the parameters: a list of flat parts, each (G, ...), that follow one another.
+
+        `d_z1` (G, T, R) counts `scaling` times.
+        """
+        call, plan, number = self.call, self.plan, self.number
+        spec, (num_tokens, features) = call.spec, x.shape
+        c, wide = spec.coefficients, partial(x.new_empty, dtype=torch.float32)
+        d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
+        d_decoded = torch.empty_like(state.decoded)
+        d_encoded = x.new_empty((number, num_tokens, 2 * spec.encoder_hidden))
+        d_last = wide((plan.backward_chunks, number, num_tokens, spec.decoder_hidden))
+        of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
+        d_posterior = wide(0 if plan.sums_fit else state.posterior.shape)
+        num_inner = spec.num_small - spec.num_outer
+        of_features = wide((plan.feature_chunks, number, features * spec.num_of_feature))
+        d_x = x.new_empty(self.shape) if needs_x else None
+        decoder, sizes = (x, state.parameters, state.narrow, state.decoded), (num_tokens, features, plan.stride)
+        with on(x):
+            plan.backward_likelihood(*decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
             plan.backward_latents(
-                d_last, flat, z1, z2, encoded, posterior, decoded, d_loss, d_z1, d_decoded, d_encoded, d_posterior,
-                of_tokens, num_tokens, plan.latent_blocks, *c[1:5], spec.prior_mean, spec.prior_std,
+                d_last, state.parameters, state.z1, state.z2, state.encoded, state.posterior, state.decoded, d_loss,
+                d_z1, d_decoded, d_encoded, d_posterior, of_tokens, num_tokens, plan.stride, plan.latent_blocks,
+                float(call.scaling), *c[1:5], spec.prior_mean, spec.prior_std,
             )  # fmt: skip
             if d_x is not None:
-                plan.backward_input(x, trunks, *output, d_encoded, d_loss, d_x, *sizes, c.nll)
-            if of_inner is not None:
-                plan.backward_inner(decoded, d_decoded, of_inner, num_tokens, plan.inner_chunk)
-            plan.backward_features(x, *output, d_encoded, d_loss, of_features, *sizes, c.nll, plan.feature_chunk)
-        numbers = [shape.numel() for shape in ctx.shapes]
-        outer = len(numbers) - 2 * (depth - 1)
-        if plan.sums_fit:
-            of_small = _total(of_tokens).split(numbers[:outer])
-        else:
-            of_small = _outer_gradients(spec, z1, z2, encoded, d_posterior, d_encoded, d_decoded[0])
-        if of_inner is not None:
-            of_small += _total(of_inner).split(numbers[outer:])
-        d_weight, d_bias, d_scale, d_trunk1, d_trunk2 = _total(of_features).split(
-            [features * width, features, features, hidden * features, hidden * features]
-        )
-        of_trunks = (d_trunk1.view(hidden, features), d_trunk2.view(hidden, features))
-        large = (*of_trunks, d_weight.view(features, width), d_bias, d_scale)
-        of_small = (part.view(shape) for part, shape in zip(of_small, ctx.shapes, strict=True))
-        return None, None, None, None, d_x, None, *large, *of_small
+                plan.backward_input(*decoder, state.trunks, d_encoded, d_loss, d_x, *sizes, c.nll)
+            plan.backward_features(*decoder, d_encoded, d_loss, of_features, *sizes, c.nll, plan.feature_chunk)
+            outer = (
+                _total(of_tokens) if plan.sums_fit else _outer_gradients(spec, state, d_posterior, d_encoded, d_decoded)
+            )
+            parts = [_total(of_features), outer]
+            if num_inner:
+                of_inner = wide((plan.inner_chunks, number, num_inner))
+                plan.backward_inner(state.decoded, d_decoded, of_inner, num_tokens, plan.inner_chunk)
+                parts.append(_total(of_inner))
+        return d_x, parts
 
 
-def _pack(plan: Plan, x: Tensor, trunk1: Tensor, trunk2: Tensor, out_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Trunks (parts, 2H, D) and output weight (D, W) in x's dtype."""
-    if x.dtype == torch.float32:
-        return torch.cat([trunk1, trunk2])[None], out_weight.contiguous()
-    trunks, narrow = x.new_empty((2, 2 * len(trunk1), x.shape[1])), x.new_empty(out_weight.shape)
-    plan.pack(trunk1.contiguous(), trunk2.contiguous(), out_weight.contiguous(), trunks, narrow, x.shape[1])
-    return trunks, narrow
+def _outer_gradients(spec: Spec, state: State, d_posterior: Tensor, d_encoded: Tensor, d_decoded: Tensor) -> Tensor:
+    """(G, num_outer): what the kernel adds up itself for small widths, in the same order."""
+    hidden, d_first = spec.encoder_hidden, d_decoded[:, 0].float()
+    gradients = [d_encoded.float().sum(1)]
+    for encoder, values in enumerate(state.encoded.split(hidden, dim=2)):
+        for d_head in d_posterior[:, :, 2 * encoder : 2 * encoder + 2].unbind(2):
+            gradients += [(d_head.mT @ values).flatten(1), d_head.sum(1)]
+    z = torch.cat([state.z1, state.z2], dim=2) if spec.concat else (state.z1 + state.z2) / 2
+    return torch.cat([*gradients, (d_first.mT @ z).flatten(1), d_first.sum(1)], dim=1)
 
 
-def _outer_gradients(
-    spec: Spec, z1: Tensor, z2: Tensor, encoded: Tensor, d_posterior: Tensor, d_encoded: Tensor, d_first: Tensor
-) -> tuple[Tensor, ...]:
-    """What the kernel adds up itself for small widths, in the same order."""
-    hidden, d_first = spec.encoder_hidden, d_first.float()
-    gradients = list(d_encoded.float().sum(0).split(hidden))
-    for encoder, values in enumerate(encoded.split(hidden, dim=1)):
-        for d_head in d_posterior[:, 2 * encoder : 2 * encoder + 2].unbind(1):
-            gradients += [d_head.t() @ values, d_head.sum(0)]
-    z = torch.cat([z1, z2], dim=1) if spec.concat else (z1 + z2) / 2
-    return (*gradients, d_first.t() @ z, d_first.sum(0))
+def _split(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Gradients of all adapters' parameters, from those of features, of heads and first layer, of inner layers."""
+    of_one = [shape.numel() for shape in shapes[: len(shapes) // len(parts[0])]]
+    sizes = (of_one[:_OF_FEATURES], of_one[_OF_FEATURES:_BEFORE_INNER], of_one[_BEFORE_INNER:])
+    values = (value for i in range(len(parts[0])) for part, of in zip(parts, sizes) for value in part[i].split(of))
+    return [value.view(shape) for value, shape in zip(values, shapes, strict=True)]
+
+
+def _split_ups(state: State, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = state.up.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _total(partial_sums: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
         "W": spec.decoder_hidden,
         "WB": _padded(spec.decoder_hidden),
         "DEPTH": spec.decoder_layers,
+        "NUM_SMALL": spec.num_small,
         "CONCAT": spec.concat,
         "WORDS": spec.num_words,
         "ENCODER_THRESHOLD": round(spec.encoder_dropout * 2**32),
@@ -130,22 +131,25 @@ def _kind_of(argument: Tensor | float) -> Any:
 
 
 class Plan:
-    """All launches for inputs x (T, D) of one kind, and how the sums over features and tokens are split between them.
+    """All launches for inputs x (T, D) of one kind and so many adapters, and how sums are split between programs.
 
     A sum over features is split into chunks (`encode_chunk`: features of a chunk; `encode_chunks`: how many) where
     there would be too few programs for all processors; a sum over tokens is, so that every processor has a program.
     """
 
-    def __init__(self, spec: Spec, dtype: torch.dtype, num_tokens: int, features: int, device: torch.device):
+    def __init__(self, spec: Spec, dtype: torch.dtype, shape: tuple[int, int], adapters: int, device: torch.device):
         self._spec, self._dtype, self._on_gpu = spec, dtype, device.type == "cuda"
-        self._num_tokens, self._features, self._processors = num_tokens, features, processors(device)
-        exact = dtype == torch.float32
-        if not exact:
-            largest = features * max(2 * spec.encoder_hidden, spec.decoder_hidden)
-            self.pack = self._launch("pack", (cdiv(largest, 1024),), BLOCK=1024)
+        (self._num_tokens, self._features), self._adapters = shape, adapters
+        self._processors = processors(device)
+        features = self._features
+        self.parts = 1 if dtype == torch.float32 else 2
+        self.stride = features * spec.num_of_feature + spec.num_small
+        largest = features * max(2 * spec.encoder_hidden, spec.decoder_hidden)
+        self.pack = self._launch("pack", (cdiv(largest, 1024), adapters), BLOCK=1024, PARTS=self.parts)
         blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
-        self.encode = self._launch("encode", (blocks, self.encode_chunks), PARTS=1 if exact else 2)
-        self.latents = self._launch("latents", (self._blocks("latents"),), CHUNKS=self.encode_chunks)
+        self.encode = self._launch("encode", (blocks, self.encode_chunks), PARTS=self.parts)
+        blocks = adapters * self._blocks("latents")
+        self.latents = self._launch("latents", (blocks,), CHUNKS=self.encode_chunks)
         blocks, self.likelihood_chunks, self.likelihood_chunk = self._over_features("likelihood")
         grid = (blocks, self.likelihood_chunks)
         self.likelihood = self._launch("likelihood", grid, STATS=False)
@@ -154,18 +158,21 @@ class Plan:
         blocks, self.backward_chunks, self.backward_chunk = self._over_features("backward_likelihood")
         self.backward_likelihood = self._launch("backward_likelihood", (blocks, self.backward_chunks))
         self.latent_blocks = self._blocks("backward_latents")
-        self.sums_fit = spec.sums_fit and not exact
-        self.latent_programs = min(self.latent_blocks, 2 * self._processors) if self.sums_fit else self.latent_blocks
+        self.sums_fit = spec.sums_fit and dtype != torch.float32
+        self.latent_programs = self.latent_blocks
+        if self.sums_fit:  # a row of sums each: no more of them than run at a time
+            self.latent_programs = min(self.latent_blocks, cdiv(2 * self._processors, adapters))
         self.backward_latents = self._launch(
-            "backward_latents", (self.latent_programs,), CHUNKS=self.backward_chunks, SUMS=self.sums_fit
+            "backward_latents", (adapters * self.latent_programs,), CHUNKS=self.backward_chunks, SUMS=self.sums_fit
         )
-        of_features = cdiv(features, self._tile("backward_input")[1])
-        self.backward_input = self._launch("backward_input", (of_features, self._blocks("backward_input")))
+        blocks = cdiv(features, self._tile("backward_input")[1])
+        grid = (blocks, self._blocks("backward_input"))
+        self.backward_input = self._launch("backward_input", grid, PARTS=self.parts)
         if spec.decoder_layers > 1:
             inner, blocks = spec.decoder_layers - 1, cdiv(spec.decoder_hidden, self._tile("backward_inner")[1])
-            self.inner_chunks, self.inner_chunk = self._over_tokens("backward_inner", inner * blocks)
-            self.backward_inner = self._launch("backward_inner", (inner, self.inner_chunks, blocks))
-        blocks = cdiv(features, self._tile("backward_features")[1])
+            self.inner_chunks, self.inner_chunk = self._over_tokens("backward_inner", adapters * inner * blocks)
+            self.backward_inner = self._launch("backward_inner", (adapters * inner, self.inner_chunks, blocks))
+        blocks = adapters * cdiv(features, self._tile("backward_features")[1])
         self.feature_chunks, self.feature_chunk = self._over_tokens("backward_features", blocks)
         self.backward_features = self._launch("backward_features", (blocks, self.feature_chunks))
 
@@ -181,8 +188,8 @@ class Plan:
         return cdiv(self._num_tokens, self._tile(kernel)[0])
 
     def _over_features(self, kernel: str) -> tuple[int, int, int]:
-        """Blocks of tokens, chunks of features, features of a chunk."""
-        blocks, tile = self._blocks(kernel), self._tile(kernel)[1]
+        """Blocks of tokens of all adapters, chunks of features, features of a chunk."""
+        blocks, tile = self._adapters * self._blocks(kernel), self._tile(kernel)[1]
         steps, chunks = cdiv(self._features, tile), 1
         while chunks < min(8, steps) and blocks * chunks < 3 * self._processors:
             chunks *= 2
@@ -195,7 +202,7 @@ class Plan:
         return chunks, cdiv(self._num_tokens, chunks)
 
     def _launch(self, kernel: str, grid: tuple[int, ...], **constants: Any) -> Launch:
-        values, options = constants_of(self._spec, self._dtype) | constants, {}
+        values, options = constants_of(self._spec, self._dtype) | constants | {"G": self._adapters}, {}
         if kernel != "pack":
             values["BT"], values["BD"], options["num_warps"], options["num_stages"] = self._tile(kernel)
         names = getattr(kernels(), f"{kernel}_kernel").arg_names
@@ -203,6 +210,6 @@ class Plan:
 
 
 @lru_cache(maxsize=256)  # lengths of rows differ from batch to batch
-def plan_of(spec: Spec, dtype: torch.dtype, num_tokens: int, features: int, device: torch.device) -> Plan:
-    """The plan for x (num_tokens, features), made once."""
-    return Plan(spec, dtype, num_tokens, features, device)
+def plan_of(spec: Spec, dtype: torch.dtype, shape: tuple[int, int], adapters: int, device: torch.device) -> Plan:
+    """The plan for x of that shape, made once."""
+    return Plan(spec, dtype, shape, adapters, device)

@@ -33,8 +33,13 @@ class Spec:
     coefficients: Coefficients
 
     @property
+    def num_of_feature(self) -> int:
+        """Parameters of each feature: of both trunks, of the decoder's output weight, its bias and scale."""
+        return 2 * self.encoder_hidden + self.decoder_hidden + 2
+
+    @property
     def num_small(self) -> int:
-        """Length of the vector of small parameters, see `vae_triton`."""
+        """Number of all other parameters, see `vae_triton`."""
         r, hidden, width = self.r, self.encoder_hidden, self.decoder_hidden
         first = (2 * r if self.concat else r) * width + width
         return 2 * hidden + 4 * r * (hidden + 1) + first + (self.decoder_layers - 1) * width * (width + 1)

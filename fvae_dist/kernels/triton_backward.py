@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fvae_dist.kernels.triton_parts import LIMIT, cast, clamp, dot, output, residual, weight_of
+from fvae_dist.kernels.triton_parts import LIMIT, cast, clamp, dot, of_adapter, output, residual, weight_of
 
 
 @triton.jit
@@ -54,13 +54,18 @@ def _heads_backward(
 
 @triton.jit(do_not_specialize=["T"])
 def backward_likelihood_kernel(
-    x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, d_loss_ptr, partial_ptr, T, D, chunk, c_nll,
-    W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
+    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, d_loss_ptr, partial_ptr, T, D, stride, chunk, c_nll,
+    H2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the decoder's last hidden units over `chunk` features: partial (chunks, T, W)."""
+    """Gradient of the decoder's last hidden units over `chunk` features: partial (chunks, G, T, W)."""
     ELEMENT: tl.constexpr = x_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    of = tl.program_id(0) % G
+    rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
+    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
+        of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+    )
+    d_loss_ptr += of * T.to(tl.int64)
     is_token = rows < T
     x_rows = x_ptr + rows[:, None].to(tl.int64) * D
     units = tl.arange(0, WB)
@@ -72,45 +77,64 @@ def backward_likelihood_kernel(
     first = tl.program_id(1) * chunk
     for start in range(first, tl.minimum(first + chunk, D), BD):
         features = start + tl.arange(0, BD)
+        is_feature = features < D
+        x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
         error, weight, scale = residual(
-            x_rows, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_token, D, W, WB, PRECISION, INTERPRETED
+            x, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, D, W, WB, PRECISION, INTERPRETED
         )
         d_xhat = -d_nll * error * (1.0 / (scale * scale))[None, :]
         d_last += dot(cast(d_xhat, ELEMENT, INTERPRETED), weight, PRECISION, INTERPRETED)
-    tl.store(partial_ptr + tl.program_id(1) * T.to(tl.int64) * W + at_hidden, d_last, mask=is_hidden)
+    partial_ptr += (tl.program_id(1) * G + of) * T.to(tl.int64) * W
+    tl.store(partial_ptr + at_hidden, d_last, mask=is_hidden)
 
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
 def backward_latents_kernel(
-    partial_ptr, small, z1_ptr, z2_ptr, encoded_ptr, posterior_ptr, decoded_ptr, d_loss_ptr, d_z1_ptr, d_decoded_ptr,
-    d_encoded_ptr, d_posterior_ptr, sums_ptr, T, num_blocks, c_kl1, c_kl2, c_z1, c_z2, prior_mean, prior_std,
-    R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
-    DEPTH: tl.constexpr, CONCAT: tl.constexpr, ENCODER_P: tl.constexpr, DECODER_P: tl.constexpr, CHUNKS: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    partial_ptr, parameters_ptr, z1_ptr, z2_ptr, encoded_ptr, posterior_ptr, decoded_ptr, d_loss_ptr, d_z1_ptr,
+    d_decoded_ptr, d_encoded_ptr, d_posterior_ptr, sums_ptr, T, stride, num_blocks, scaling, c_kl1, c_kl2, c_z1, c_z2,
+    prior_mean, prior_std, R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr,
+    WB: tl.constexpr, DEPTH: tl.constexpr, CONCAT: tl.constexpr, ENCODER_P: tl.constexpr, DECODER_P: tl.constexpr,
+    NUM_SMALL: tl.constexpr, G: tl.constexpr, CHUNKS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the decoder's hidden layers before their activation (DEPTH, T, W) and of the trunks before theirs
-    (T, 2H). With SUMS also sums (programs, ...) of the gradients of the trunks' biases, heads and the decoder's first
-    layer, else (where they are too large for a program) the gradient of the posterior (T, 4, R)."""
+    """Gradients, each (G, ...), of the decoder's hidden layers before their activation (DEPTH, T, W) and of the trunks
+    before theirs (T, 2H). With SUMS also sums (programs, G, ...) of the gradients of the trunks' biases, heads and the
+    decoder's first layer, else (where they are too large for a program) the gradient of the posterior (T, 4, R).
+    d_z1 (G, T, R) counts `scaling` times."""
     ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
     Z: tl.constexpr = 2 * R if CONCAT else R
     HEADS1: tl.constexpr = 2 * H
     HEADS2: tl.constexpr = 2 * H + 2 * R * (H + 1)
     DECODER: tl.constexpr = 2 * H + 4 * R * (H + 1)
     INNER: tl.constexpr = DECODER + Z * W + W
+    of = tl.program_id(0) % G
     sums = sums_ptr + tl.program_id(0).to(tl.int64) * INNER
+    small = parameters_ptr + of * stride + (stride - NUM_SMALL)
+    first = of * T.to(tl.int64)
+    partial_ptr += first * W
+    z1_ptr += first * R
+    z2_ptr += first * R
+    encoded_ptr += first * (2 * H)
+    posterior_ptr += first * (4 * R)
+    decoded_ptr += first * (DEPTH * W)
+    d_loss_ptr += first
+    d_z1_ptr += first * R
+    d_decoded_ptr += first * (DEPTH * W)
+    d_encoded_ptr += first * (2 * H)
+    d_posterior_ptr += first * (4 * R)
     hidden_units = tl.arange(0, HB)
     units = tl.arange(0, WB)
     latent = tl.arange(0, RB)
     is_latent = (latent < R)[None, :]
     is_first = 1
-    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+    for block in range(tl.program_id(0) // G, num_blocks, tl.num_programs(0) // G):
         rows = block * BT + tl.arange(0, BT)
         is_token = rows < T
         is_hidden = is_token[:, None] & (units < W)[None, :]
         at = rows[:, None].to(tl.int64) * W + units[None, :]
         d_last = tl.zeros((BT, WB), tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            d_last += tl.load(partial_ptr + chunk * T.to(tl.int64) * W + at, mask=is_hidden, other=0.0)
+            d_last += tl.load(partial_ptr + chunk * G * T.to(tl.int64) * W + at, mask=is_hidden, other=0.0)
         at += (DEPTH - 1) * T.to(tl.int64) * W
         hidden = tl.load(decoded_ptr + at, mask=is_hidden, other=0.0)
         d_hidden = tl.where(hidden > 0, d_last * (1.0 / (1.0 - DECODER_P)), 0.0)
@@ -133,7 +157,7 @@ def backward_latents_kernel(
         at = rows[:, None].to(tl.int64) * R + latent[None, :]
         z1 = tl.load(z1_ptr + at, mask=is_z, other=0.0)
         z2 = tl.load(z2_ptr + at, mask=is_z, other=0.0)
-        d_z1 = tl.load(d_z1_ptr + at, mask=is_z, other=0.0)
+        d_z1 = tl.load(d_z1_ptr + at, mask=is_z, other=0.0) * scaling
         if SUMS:
             _add_bias(sums + DECODER + Z * W, d_first, is_first, W, WB)
             if CONCAT:
@@ -193,11 +217,12 @@ def backward_latents_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def backward_input_kernel(
-    x_ptr, trunks_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, d_encoded_ptr, d_loss_ptr, d_x_ptr, T, D,
-    c_nll, H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, trunks_ptr, d_encoded_ptr, d_loss_ptr, d_x_ptr, T, D, stride,
+    c_nll, H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
+    G: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient to x (T, D), a tile for each program."""
+    """Gradient to x (T, D) from all adapters, a tile for each program."""
     rows = tl.program_id(1) * BT + tl.arange(0, BT)
     is_token = rows < T
     features = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -205,38 +230,46 @@ def backward_input_kernel(
     units = tl.arange(0, WB)
     hidden_units = tl.arange(0, HB2)
     at_row = rows[:, None].to(tl.int64) * D
-    is_hidden = is_token[:, None] & (units < W)[None, :]
-    last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_hidden, other=0.0)
-    d_nll = tl.load(d_loss_ptr + rows, mask=is_token, other=0.0)[:, None] * c_nll
-    error, _, scale = residual(
-        x_ptr + at_row, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_token, D, W, WB, PRECISION,
-        INTERPRETED,
-    )  # fmt: skip
-    d_x = d_nll * error * (1.0 / (scale * scale))[None, :]
+    is_tile = is_token[:, None] & is_feature[None, :]
+    x = tl.load(x_ptr + at_row + features[None, :], mask=is_tile, other=0.0)
+    is_last = is_token[:, None] & (units < W)[None, :]
     is_hidden = is_token[:, None] & (hidden_units < H2)[None, :]
-    at_hidden = rows[:, None].to(tl.int64) * H2 + hidden_units[None, :]
-    d_encoded = tl.load(d_encoded_ptr + at_hidden, mask=is_hidden, other=0.0)
     at_trunk = hidden_units[:, None] * D + features[None, :]
-    trunk = tl.load(trunks_ptr + at_trunk, mask=(hidden_units < H2)[:, None] & is_feature[None, :], other=0.0)
-    d_x += dot(d_encoded, trunk, PRECISION, INTERPRETED)
+    is_trunk = (hidden_units < H2)[:, None] & is_feature[None, :]
+    d_x = tl.zeros((BT, BD), tl.float32)
+    for of in tl.static_range(G):
+        out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
+            of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+        )
+        last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_last, other=0.0)
+        d_nll = tl.load(d_loss_ptr + of * T.to(tl.int64) + rows, mask=is_token, other=0.0)[:, None] * c_nll
+        error, _, scale = residual(
+            x, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, D, W, WB, PRECISION, INTERPRETED
+        )
+        d_x += d_nll * error * (1.0 / (scale * scale))[None, :]
+        at_hidden = (of * T.to(tl.int64) + rows)[:, None] * H2 + hidden_units[None, :]
+        d_encoded = tl.load(d_encoded_ptr + at_hidden, mask=is_hidden, other=0.0)
+        trunk = tl.load(trunks_ptr + of * (PARTS * H2 * D) + at_trunk, mask=is_trunk, other=0.0)
+        d_x += dot(d_encoded, trunk, PRECISION, INTERPRETED)
     d_x = cast(d_x, x_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(d_x_ptr + at_row + features[None, :], d_x, mask=is_token[:, None] & is_feature[None, :])
+    tl.store(d_x_ptr + at_row + features[None, :], d_x, mask=is_tile)
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
 def backward_inner_kernel(
     decoded_ptr, d_decoded_ptr, out_ptr, T, chunk, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the decoder's inner layers over `chunk` tokens: for each chunk a row (DEPTH - 1, W * (W + 1)). A
+    """Gradients of the decoder's inner layers over `chunk` tokens: for each chunk a row (G, DEPTH - 1, W * (W + 1)). A
     program has BD of a layer's units."""
-    layer = tl.program_id(0)
+    of = tl.program_id(0) % G
+    layer = tl.program_id(0) // G
     units = tl.program_id(2) * BD + tl.arange(0, BD)
     column = tl.arange(0, WB)[None, :]
     weight = tl.zeros((BD, WB), tl.float32)
     bias = tl.zeros((BD,), tl.float32)
     first = tl.program_id(1) * chunk
-    at_layer = layer.to(tl.int64) * T * W
+    at_layer = (of * DEPTH + layer).to(tl.int64) * T * W
     for start in range(first, tl.minimum(first + chunk, T), BT):
         rows = start + tl.arange(0, BT)[:, None]
         is_token = rows < tl.minimum(first + chunk, T)
@@ -246,7 +279,8 @@ def backward_inner_kernel(
         d_hidden = tl.load(d_at, mask=is_token & (units < W)[None, :], other=0.0)
         weight += dot(tl.trans(d_hidden), hidden, PRECISION, INTERPRETED)
         bias += tl.sum(d_hidden.to(tl.float32), 0)
-    out = out_ptr + (tl.program_id(1).to(tl.int64) * (DEPTH - 1) + layer) * (W * (W + 1))
+    row = tl.program_id(1).to(tl.int64) * G + of
+    out = out_ptr + (row * (DEPTH - 1) + layer) * (W * (W + 1))
     tl.store(out + units[:, None] * W + column, weight, mask=(units < W)[:, None] & (column < W))
     tl.store(out + W * W + units, bias, mask=units < W)
 
@@ -256,14 +290,20 @@ def backward_inner_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunk"])
 def backward_features_kernel(
-    x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, d_encoded_ptr, d_loss_ptr, out_ptr, T, D, c_nll, chunk,
-    H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, d_encoded_ptr, d_loss_ptr, out_ptr, T, D, stride, c_nll, chunk,
+    H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters that have values for each feature, over `chunk` tokens: for each chunk a row
-    (D * (W + 2 + 2 H)) with output weight (D, W), its bias (D), scale (D) and the trunks' weights (2, H, D)."""
+    (G, D * (2 H + W + 2)) with the trunks' weights (2, H, D), output weight (D, W), its bias (D) and scale (D)."""
     ELEMENT: tl.constexpr = x_ptr.dtype.element_ty
-    features = tl.program_id(0) * BD + tl.arange(0, BD)
+    of = tl.program_id(0) % G
+    features = tl.program_id(0) // G * BD + tl.arange(0, BD)
+    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
+        of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+    )
+    d_loss_ptr += of * T.to(tl.int64)
+    d_encoded_ptr += of * T.to(tl.int64) * H2
     is_feature = features < D
     units = tl.arange(0, WB)
     hidden_units = tl.arange(0, HB2)
@@ -293,7 +333,10 @@ def backward_features_kernel(
         d_bias += tl.sum(d_xhat, 1)
         d_scale += tl.sum(d_nll * inverse * (1.0 - standardised * standardised), 1)
         d_trunks += dot(x, d_encoded, PRECISION, INTERPRETED)
-    out = out_ptr + tl.program_id(1).to(tl.int64) * D * (W + 2 + H2)
+    out = out_ptr + (tl.program_id(1) * G + of).to(tl.int64) * D * (W + 2 + H2)
+    at = hidden_units[None, :] * D + features[:, None]
+    tl.store(out + at, d_trunks, mask=(hidden_units < H2)[None, :] & is_feature[:, None])
+    out += D * H2
     is_weight = is_feature[:, None] & (units < W)[None, :]
     tl.store(out + features[:, None] * W + units[None, :], d_weight, mask=is_weight)
     out += D * W
@@ -301,5 +344,3 @@ def backward_features_kernel(
     raw_scale = tl.load(scale_ptr + features, mask=is_feature, other=1.0)
     sign = tl.where(raw_scale > 0, 1.0, tl.where(raw_scale < 0, -1.0, 0.0))
     tl.store(out + D + features, d_scale * sign, mask=is_feature)
-    at = hidden_units[None, :] * D + features[:, None]
-    tl.store(out + 2 * D + at, d_trunks, mask=(hidden_units < H2)[None, :] & is_feature[:, None])

@@ -16,37 +16,48 @@ from fvae_dist.kernels.triton_parts import (
     heads,
     inner,
     normals,
+    of_adapter,
     residual,
 )
 
 
 @triton.jit
 def pack_kernel(
-    weight1_ptr, weight2_ptr, out_weight_ptr, trunks_ptr, narrow_ptr, D, H: tl.constexpr, W: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    parameters_ptr, trunks_ptr, narrow_ptr, up_ptr, D, stride, num_up, H: tl.constexpr, W: tl.constexpr,
+    G: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """trunks (2, 2H, D): both trunks' weights in two parts of 16 bit, as exact as a 16-bit x allows; narrow (D, W): the
-    output weight in 16 bit."""
+    """trunks (G, PARTS, 2H, D): the weights of both trunks, in 16 bit in two parts, which is as exact as a 16-bit x
+    allows; narrow (G, D, W): the decoder's output weight; up (num_up): what stands behind the adapters."""
     ELEMENT: tl.constexpr = trunks_ptr.dtype.element_ty
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_first = index < H * D
-    weight = tl.load(weight1_ptr + index, mask=is_first, other=0.0)
-    weight += tl.load(weight2_ptr + index - H * D, mask=(index >= H * D) & (index < 2 * H * D), other=0.0)
+    of = tl.program_id(1)
+    block = tl.program_id(0)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    parameters = parameters_ptr + of * stride
+    is_trunk = index < 2 * H * D
+    weight = tl.load(parameters + index, mask=is_trunk, other=0.0)
     high = cast(weight, ELEMENT, INTERPRETED)
-    tl.store(trunks_ptr + index, high, mask=index < 2 * H * D)
-    low = cast(weight - high.to(tl.float32), ELEMENT, INTERPRETED)
-    tl.store(trunks_ptr + 2 * H * D + index, low, mask=index < 2 * H * D)
-    out_weight = tl.load(out_weight_ptr + index, mask=index < D * W, other=0.0)
-    tl.store(narrow_ptr + index, cast(out_weight, ELEMENT, INTERPRETED), mask=index < D * W)
+    trunks = trunks_ptr + of * (PARTS * 2 * H * D) + index
+    tl.store(trunks, high, mask=is_trunk)
+    if PARTS > 1:
+        low = cast(weight - high.to(tl.float32), ELEMENT, INTERPRETED)
+        tl.store(trunks + 2 * H * D, low, mask=is_trunk)
+    is_out = index < D * W
+    out_weight = tl.load(parameters + 2 * H * D + index, mask=is_out, other=0.0)
+    tl.store(narrow_ptr + of * (D * W) + index, cast(out_weight, ELEMENT, INTERPRETED), mask=is_out)
+    index = (block * G + of) * BLOCK + tl.arange(0, BLOCK)
+    up = tl.load(parameters_ptr + G * stride + index, mask=index < num_up, other=0.0)
+    tl.store(up_ptr + index, cast(up, ELEMENT, INTERPRETED), mask=index < num_up)
 
 
 @triton.jit(do_not_specialize=["T"])
 def encode_kernel(
-    x_ptr, trunks_ptr, partial_ptr, T, D, chunk, H2: tl.constexpr, HB2: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, trunks_ptr, partial_ptr, T, D, chunk, H2: tl.constexpr, HB2: tl.constexpr, G: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """x @ trunks.T over `chunk` features: partial (chunks, T, 2H)."""
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    """x @ trunks.T over `chunk` features: partial (chunks, G, T, 2H)."""
+    of = tl.program_id(0) % G
+    rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
+    trunks_ptr += of * (PARTS * H2 * D)
     is_token = rows < T
     x_rows = x_ptr + rows[:, None].to(tl.int64) * D
     units = tl.arange(0, HB2)
@@ -60,25 +71,38 @@ def encode_kernel(
             at = (part * H2 + units)[:, None] * D + features[None, :]
             weight = tl.load(trunks_ptr + at, mask=(units < H2)[:, None] & is_feature[None, :], other=0.0)
             total += dot(x, tl.trans(weight), PRECISION, INTERPRETED)
-    at = (tl.program_id(1) * T + rows).to(tl.int64)[:, None] * H2 + units[None, :]
+    at = ((tl.program_id(1) * G + of) * T.to(tl.int64) + rows)[:, None] * H2 + units[None, :]
     tl.store(partial_ptr + at, total, mask=is_token[:, None] & (units < H2)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "salt"])
+@triton.jit(do_not_specialize=["T", "salt0", "salt1", "salt2"])
 def latents_kernel(
-    partial_ptr, keys_ptr, small, z1_ptr, z2_ptr, terms_ptr, encoded_ptr, posterior_ptr, decoded_ptr,
-    T, salt, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
+    partial_ptr, keys_ptr, parameters_ptr, z1_ptr, z2_ptr, narrow_z1_ptr, terms_ptr, encoded_ptr, posterior_ptr,
+    decoded_ptr, T, stride, salt0, salt1, salt2, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
     R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
     DEPTH: tl.constexpr, CONCAT: tl.constexpr, WORDS: tl.constexpr, ENCODER_THRESHOLD: tl.constexpr,
     ENCODER_P: tl.constexpr, DECODER_FIRST: tl.constexpr, DECODER_THRESHOLD: tl.constexpr, DECODER_P: tl.constexpr,
-    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, HEAD_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BT: tl.constexpr,
+    NUM_SMALL: tl.constexpr, G: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """From the trunks' products: z1, z2 (T, R); of terms (5, T) the loss without its nll, kl_z1, z1_sq, z2_sq in rows
-    0 and 2 to 4; encoded (T, 2H), the trunks' hidden units; posterior (T, 4, R): mean and log-variance before its
-    clamp, of both encoders; decoded (DEPTH, T, W), the decoder's hidden units."""
+    """From the trunks' products, each (G, ...): z1, z2 (T, R), z1 again in x's dtype; of terms (5, T) the loss without
+    its nll, kl_z1, z1_sq, z2_sq in rows 0 and 2 to 4; encoded (T, 2H), the trunks' hidden units; posterior (T, 4, R):
+    mean and log-variance before its clamp, of both encoders; decoded (DEPTH, T, W), the decoder's hidden units."""
+    of = tl.program_id(0) % G
+    block = tl.program_id(0) // G
+    salt = tl.where(of == 0, salt0.to(tl.int64), tl.where(of == 1, salt1.to(tl.int64), salt2.to(tl.int64)))
+    small = parameters_ptr + of * stride + (stride - NUM_SMALL)
+    first = of * T.to(tl.int64)
+    partial_ptr += first * (2 * H)
+    z1_ptr += first * R
+    z2_ptr += first * R
+    narrow_z1_ptr += first * R
+    terms_ptr += first * 5
+    encoded_ptr += first * (2 * H)
+    posterior_ptr += first * (4 * R)
+    decoded_ptr += first * (DEPTH * W)
     ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    rows = block * BT + tl.arange(0, BT)
     is_token = rows < T
     hidden_units = tl.arange(0, HB)
     is_hidden = is_token[:, None] & (hidden_units < H)[None, :]
@@ -86,7 +110,7 @@ def latents_kernel(
     hidden1 = tl.zeros((BT, HB), tl.float32)
     hidden2 = tl.zeros((BT, HB), tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        products = partial_ptr + chunk * T.to(tl.int64) * (2 * H) + at
+        products = partial_ptr + chunk * G * T.to(tl.int64) * (2 * H) + at
         hidden1 += tl.load(products, mask=is_hidden, other=0.0)
         hidden2 += tl.load(products + H, mask=is_hidden, other=0.0)
     keys = tl.load(keys_ptr + rows, mask=is_token, other=0)[:, None]
@@ -112,6 +136,7 @@ def latents_kernel(
     z2 = tl.where(is_latent, mean2 + std2 * eps2, 0.0)
     at = rows[:, None].to(tl.int64) * R + latent[None, :]
     tl.store(z1_ptr + at, z1, mask=is_z)
+    tl.store(narrow_z1_ptr + at, cast(z1, ELEMENT, INTERPRETED), mask=is_z)
     tl.store(z2_ptr + at, z2, mask=is_z)
     kl1 = 0.5 * tl.sum(tl.where(is_latent, mean1 * mean1 + std1 * std1 - 1 - logvar1, 0.0), 1)
     ratio = logvar2 - 2 * tl.log(prior_std)
@@ -142,13 +167,17 @@ def latents_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def likelihood_kernel(
-    x_ptr, out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr, partial_ptr, T, D, chunk, W: tl.constexpr,
-    WB: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
+    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, partial_ptr, T, D, stride, chunk, H2: tl.constexpr,
+    W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, STATS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """nll over `chunk` features, from the decoder's last hidden units: partial (chunks, T); with STATS (chunks, 2, T),
-    the squared error beside it."""
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    """nll over `chunk` features, from the decoder's last hidden units: partial (chunks, G, T); with STATS
+    (chunks, 2, G, T), the squared error beside it."""
+    of = tl.program_id(0) % G
+    rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
+    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
+        of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+    )
     is_token = rows < T
     x_rows = x_ptr + rows[:, None].to(tl.int64) * D
     units = tl.arange(0, WB)
@@ -160,18 +189,20 @@ def likelihood_kernel(
     first = tl.program_id(1) * chunk
     for start in range(first, tl.minimum(first + chunk, D), BD):
         features = start + tl.arange(0, BD)
+        is_feature = features < D
+        x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
         error, _, scale = residual(
-            x_rows, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_token, D, W, WB, PRECISION, INTERPRETED
+            x, last, out_weight_ptr, out_bias_ptr, scale_ptr, features, is_feature, D, W, WB, PRECISION, INTERPRETED
         )
         standardised = error * (1.0 / scale)[None, :]
         squares += standardised * standardised
-        log_scale += tl.where(features < D, tl.log(scale) + 0.5 * LOG_2PI, 0.0)
+        log_scale += tl.where(is_feature, tl.log(scale) + 0.5 * LOG_2PI, 0.0)
         if STATS:
             errors += error * error
     nll = 0.5 * tl.sum(squares, 1) + tl.sum(log_scale, 0)
     if STATS:
-        out = partial_ptr + tl.program_id(1) * 2 * T + rows
+        out = partial_ptr + (tl.program_id(1) * 2 * G + of) * T.to(tl.int64) + rows
         tl.store(out, nll, mask=is_token)
-        tl.store(out + T, tl.sum(errors, 1), mask=is_token)
+        tl.store(out + G * T.to(tl.int64), tl.sum(errors, 1), mask=is_token)
     else:
-        tl.store(partial_ptr + tl.program_id(1) * T + rows, nll, mask=is_token)
+        tl.store(partial_ptr + (tl.program_id(1) * G + of) * T.to(tl.int64) + rows, nll, mask=is_token)

@@ -138,13 +138,21 @@ def output(weight_ptr, bias_ptr, scale_ptr, features, is_feature, units, W: tl.c
 
 
 @triton.jit
+def of_adapter(
+    of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2: tl.constexpr, W: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Of an adapter: output weight in x's dtype (D, W), bias and scale (D), the decoder's last hidden units (T, W)."""
+    bias = parameters_ptr + of * stride + D * (H2 + W)
+    last = decoded_ptr + (of * DEPTH + DEPTH - 1) * T.to(tl.int64) * W
+    return narrow_ptr + of * (D * W), bias, bias + D, last
+
+
+@triton.jit
 def residual(
-    x_rows, last, weight_ptr, bias_ptr, scale_ptr, features, is_token, D, W: tl.constexpr, WB: tl.constexpr,
+    x, last, weight_ptr, bias_ptr, scale_ptr, features, is_feature, D, W: tl.constexpr, WB: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """x - xhat of some tokens and features (BT, BD), the output weight (BD, WB) and the scale (BD); beyond D the error
-    is 0 and the scale 1."""
-    is_feature = features < D
-    x = tl.load(x_rows + features[None, :], mask=is_token[:, None] & is_feature[None, :], other=0.0)
+    is 0 and the scale 1, where x is 0."""
     weight, bias, scale = output(weight_ptr, bias_ptr, scale_ptr, features, is_feature, tl.arange(0, WB), W)
     return x.to(tl.float32) - bias[None, :] - dot(last, tl.trans(weight), PRECISION, INTERPRETED), weight, scale

@@ -1,4 +1,4 @@
-"""The VAE of one adapted layer in Triton kernels that each do one thing, with enough programs to fill a GPU.
+"""The VAEs of adapted layers with one input, in Triton kernels that each do one thing.
 
 Forward: pack the weights in 16 bit; x times both trunks (encode); heads, sampling, KL and the decoder's hidden layers
 (latents); the decoder's likelihood. Backward: the same in reverse, then the gradients to x and to the parameters.
@@ -11,13 +11,14 @@ reads of shared memory, as triton-lang/triton #11366 and #11781 describe). All o
 
 Everything random is a function of (token key, salt, counter), as `fvae_dist.adapter.noise` defines it.
 
-The small parameters come in one vector (`small`): biases of both trunks (H each); for each encoder the heads of mean
-and log-variance, weight (R, H) and bias (R); for each hidden layer of the decoder weight (W, in) and bias (W). Their
-gradients leave in the same order, one row for each program, to be added up in a fixed order: no atomics, so that two
-runs are equal bit for bit.
+The parameters come in one vector (`parameters`), of each adapter: weights of both trunks (H, D each); the decoder's
+output weight (D, W), its bias (D) and scale (D); and the small ones (NUM_SMALL): biases of both trunks (H each), for
+each encoder the heads of mean and log-variance, weight (R, H) and bias (R), for each hidden layer of the decoder weight
+(W, in) and bias (W). Behind all adapters the up-projections, which are only packed here. Gradients leave in the same
+order, one row for each program, to be added up in a fixed order: no atomics, so that two runs are equal bit for bit.
 
-Sizes: T tokens, D features, R latent dimensions, H width of the trunks, W of the decoder, DEPTH its hidden layers, Z
-what it reads (2R, or R for the average); RB, HB, WB are padded to a power of two, BT and BD are tiles.
+Sizes: G adapters, T tokens, D features, R latent dimensions, H width of the trunks, W of the decoder, DEPTH its hidden
+layers, Z what it reads (2R, or R for the average); RB, HB, WB are padded to a power of two, BT and BD are tiles.
 """
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fvae_dist.adapter import FVAELinear
+
 
 def make_resident(engine: Any) -> None:
     """Take an engine's frozen weights out of ZeRO-3; its VAEs must not be leaf modules. All ranks must call this.
@@ -28,6 +30,9 @@ def make_resident(engine: Any) -> None:
             if not parameter.requires_grad:
                 _release_from_zero3(parameter)
     _keep_adapters_whole(zero, engine.module)
+    for layer in engine.module.modules():
+        if isinstance(layer, FVAELinear):
+            layer.stays_whole = True
     _use_stock_linear()
 
 

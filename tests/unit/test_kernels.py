@@ -241,14 +241,16 @@ from fvae_dist.kernels import launching, vae_triton
 from fvae_dist.kernels.spec import Coefficients, Spec
 
 FP32 = {"partial_ptr", "products_ptr", "small", "out_bias_ptr", "scale_ptr", "z1_ptr", "z2_ptr", "terms_ptr",
-        "encoded_ptr", "posterior_ptr", "d_loss_ptr", "d_z1_ptr", "d_posterior_ptr", "sums_ptr", "out_ptr"}
-INTEGERS = {"T": "i32", "D": "i32", "chunk": "i32", "num_blocks": "i32", "salt": "i64"}
+        "encoded_ptr", "posterior_ptr", "d_loss_ptr", "d_z1_ptr", "d_posterior_ptr", "sums_ptr", "out_ptr",
+        "parameters_ptr"}
+INTEGERS = {"T": "i32", "D": "i32", "stride": "i32", "chunk": "i32", "num_blocks": "i32",
+            "salt0": "i64", "salt1": "i64", "salt2": "i32"}
 for r in (16,):
     spec = Spec(r, r, 0.1, 128, 3, 0.1, True, 1.5, 1.0, Coefficients(1, 1, 0, -1, 1, 0))
     for name, tile in launching.NARROW_TILES.items():
         kernel = getattr(vae_triton, name + "_kernel")
         constants = launching.constants_of(spec, torch.bfloat16) | {
-            "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4,
+            "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4, "G": 2,
             "SUMS": spec.sums_fit}
         constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
         def type_of(n):
