@@ -1,12 +1,15 @@
-"""A VAE as trained, its outputs and gradients by either kernel, and how far they are from a float64 reference."""
+"""A VAE, or a block of adapted layers, as trained: outputs and gradients by either kernel, and their distance."""
 
 from __future__ import annotations
 
 import torch
+from peft import get_peft_model
+from torch import nn
 
-from fvae_dist.adapter.noise import LayerNoise
+from fvae_dist import side_loss
+from fvae_dist.adapter.noise import LayerNoise, TokenNoise
 from fvae_dist.adapter.vae import FactorizedVAE
-from tests.models import tiny_adapter
+from tests.models import randomise, tiny_adapter
 
 FP32_RTOL, BF16_RTOL = 1e-4, 1.6e-2
 SALT = -987_654_321_987_654
@@ -46,3 +49,41 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         (float((found[name].double() - value).norm() / value.norm().clamp(min=1e-30)), name)
         for name, value in expected.items()
     )
+
+
+class Projections(nn.Module):
+    """Linears of one width in, called with one input but where another is given for the last of them."""
+
+    def __init__(self, features: int, widths: dict[str, int]):
+        super().__init__()
+        for name, width in widths.items():
+            self.add_module(name, nn.Linear(features, width, bias=False))
+        self.names = list(widths)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> list[torch.Tensor]:
+        inputs = [x] * (len(self.names) - 1) + [x if other is None else other]
+        return [getattr(self, name)(value) for name, value in zip(self.names, inputs, strict=True)]
+
+
+def make_block(features: int, widths: dict[str, int], kernel: str, **settings) -> nn.Module:
+    """Frozen projections, all of them adapted, in training mode."""
+    torch.manual_seed(0)
+    config = tiny_adapter(target_modules=list(widths), kernel=kernel, **settings)
+    return randomise(get_peft_model(Projections(features, widths), config)).train()  # type: ignore[arg-type]
+
+
+def run_block(model: nn.Module, x: torch.Tensor, other: torch.Tensor | None = None, terms: bool = False):
+    """Outputs, the side loss of each layer, all gradients and, on request, the terms; noise is keyed by token."""
+    generator = torch.Generator().manual_seed(7)
+    x = x.detach().clone().requires_grad_()
+    noise = TokenNoise({"input_ids": torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])}, seed=1, step=2)
+    noise.keys = noise.keys.to(x.device)
+    model.zero_grad()
+    with side_loss.collect(model, noise=noise, terms=terms) as collected:
+        outputs = model(x, other)
+    task = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in outputs)
+    (task + collected.neg_elbo).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    named = {f"y{i}": y.detach() for i, y in enumerate(outputs)}
+    found = {**named, "neg_elbo": collected.neg_elbo.detach(), "x": x.grad, **gradients}
+    return found | (collected.terms if terms else {}), collected.layer_names

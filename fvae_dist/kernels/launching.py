@@ -74,14 +74,14 @@ def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
 
 # Tokens and features of a tile, warps, pipeline stages.
 NARROW_TILES = {
-    "encode": (32, 128, 4, 3),
-    "latents": (16, 0, 4, 1),
-    "likelihood": (32, 64, 4, 3),
-    "backward_likelihood": (32, 64, 4, 3),
+    "encode": (64, 64, 2, 4),
+    "latents": (32, 0, 8, 1),
+    "likelihood": (32, 64, 2, 3),
+    "backward_likelihood": (32, 64, 2, 3),
     "backward_latents": (16, 0, 4, 1),
-    "backward_input": (32, 128, 4, 1),
+    "backward_input": (32, 128, 2, 1),
     "backward_inner": (64, 32, 4, 3),
-    "backward_features": (64, 16, 4, 3),
+    "backward_features": (128, 16, 4, 3),
 }
 _EXACT_TILES = {
     "encode": (32, 32, 4, 2),

@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from fvae_dist import FVAELoraConfig, side_loss
 from fvae_dist.adapter import FVAELinear
-from tests.fused import FP32_RTOL, make, run, worst
+from tests.fused import FP32_RTOL, make, make_block, run, run_block, worst
 from tests.models import LayerModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -142,6 +142,28 @@ def test_fused_kernels_match_float64(num_tokens, features, settings, dtype):
     x = torch.randn(num_tokens, features, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     expected = run(copy.deepcopy(module).double(), x.double(), "torch")
     found, again = run(module, x, "fused"), run(module, x, "fused")
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
+    error, name = worst(found, expected)
+    assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name
+
+
+@pytest.mark.parametrize("num_tokens", [3, 125, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_with_one_input_match_float64(num_tokens, dtype):
+    widths = {"q_proj": 1024, "k_proj": 256, "v_proj": 256}
+    settings = {"r": 16, "encoder_hidden": 16, "decoder_hidden": 128, "decoder_layers": 3, "lora_alpha": 32}
+    reference = make_block(1024, widths, "torch", **settings).cuda()
+    for name, parameter in reference.named_parameters():
+        if "base_layer" in name:
+            parameter.data = parameter.data.bfloat16().float()
+    model = make_block(1024, widths, "fused", **settings).cuda()
+    model.load_state_dict(reference.state_dict())
+    reference.double()
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            parameter.data = parameter.data.to(dtype)
+    x = torch.randn(1, num_tokens, 1024, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    (expected, _), (found, _), (again, _) = run_block(reference, x.double()), run_block(model, x), run_block(model, x)
     assert all(torch.equal(value, again[name]) for name, value in found.items())
     error, name = worst(found, expected)
     assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name

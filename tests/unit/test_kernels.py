@@ -240,7 +240,7 @@ from triton.compiler import ASTSource, compile
 from fvae_dist.kernels import launching, vae_triton
 from fvae_dist.kernels.spec import Coefficients, Spec
 
-FP32 = {"partial_ptr", "products_ptr", "small", "out_bias_ptr", "scale_ptr", "z1_ptr", "z2_ptr", "terms_ptr",
+FP32 = {"partial_ptr", "z1_ptr", "z2_ptr", "terms_ptr",
         "encoded_ptr", "posterior_ptr", "d_loss_ptr", "d_z1_ptr", "d_posterior_ptr", "sums_ptr", "out_ptr",
         "parameters_ptr"}
 INTEGERS = {"T": "i32", "D": "i32", "stride": "i32", "chunk": "i32", "num_blocks": "i32",
@@ -250,8 +250,8 @@ for r in (16,):
     for name, tile in launching.NARROW_TILES.items():
         kernel = getattr(vae_triton, name + "_kernel")
         constants = launching.constants_of(spec, torch.bfloat16) | {
-            "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4, "G": 2,
-            "SUMS": spec.sums_fit}
+            "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4,
+            "G": 2, "SUMS": spec.sums_fit}
         constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
         def type_of(n):
             if n in constants: return "constexpr"

@@ -1,0 +1,109 @@
+"""Layers that read one input are computed at once by the fused kernels; on CPU in Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+
+from fvae_dist.adapter import together
+from fvae_dist.kernels import launching
+from tests.fused import make_block, run_block
+
+pytestmark = pytest.mark.skipif(
+    not launching.kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
+)
+QKV = {"q_proj": 24, "k_proj": 8, "v_proj": 8}
+X = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many layers each call of the kernels was for."""
+    found: list[int] = []
+    real = together.fused_updates
+
+    def counted(call, *args):
+        found.append(len(call.salts))
+        return real(call, *args)
+
+    monkeypatch.setattr(together, "fused_updates", counted)
+    return found
+
+
+def assert_alike(found, expected) -> None:
+    assert found[1] == expected[1]
+    assert found[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        atol = 2e-5 * float(value.abs().max())
+        torch.testing.assert_close(found[0][name], value, rtol=2e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize(
+    ("widths", "settings"),
+    [
+        (QKV, {"lora_alpha": 12}),
+        ({"gate_proj": 40, "up_proj": 40}, {}),
+        ({"q_proj": 24, "v_proj": 8}, {"latent_fusion": "average", "decoder_layers": 1}),
+        ({"query": 8, "other": 8, "value": 8}, {}),
+    ],
+    ids=str,
+)
+def test_they_are_what_each_would_be_alone(calls, widths, settings, terms):
+    expected = run_block(make_block(20, widths, "torch", **settings), X, terms=terms)
+    found = run_block(make_block(20, widths, "fused", **settings), X, terms=terms)
+    assert_alike(found, expected)
+    assert calls == ([2, 1] if "other" in widths else [len(widths)])
+
+
+def test_a_layer_with_another_input_computes_alone(calls):
+    other = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(4))
+    expected = run_block(make_block(20, QKV, "torch"), X, other)
+    assert_alike(run_block(make_block(20, QKV, "fused"), X, other), expected)
+    assert calls == [3, 1]
+
+
+def test_an_input_of_equal_values_is_another_one(calls):
+    """Its gradient goes elsewhere."""
+    model = make_block(20, QKV, "fused")
+    assert_alike(run_block(model, X, X.clone()), run_block(make_block(20, QKV, "torch"), X, X.clone()))
+    assert calls == [3, 1]
+
+
+def test_unlike_layers_are_not_joined(calls):
+    models = [make_block(20, QKV, kernel) for kernel in ("torch", "fused")]
+    for model in models:
+        model.base_model.model.k_proj.scaling["default"] = 0.25
+    expected, found = (run_block(model, X) for model in models)
+    assert_alike(found, expected)
+    assert calls == [2, 1]
+
+
+def test_disabled_and_evaluated_layers_are_left_alone(calls):
+    models = [make_block(20, QKV, kernel) for kernel in ("torch", "fused")]
+    for model in models:
+        with model.disable_adapter():
+            plain = model(X)
+        expected = [torch.nn.functional.linear(X, getattr(model.base_model.model, n).base_layer.weight) for n in QKV]
+        assert all(torch.equal(a, b) for a, b in zip(plain, expected, strict=True))
+    evaluated = [model.eval()(X) for model in models]
+    assert all(torch.equal(a, b) for a, b in zip(*evaluated, strict=True))
+    assert calls == []
+
+
+def test_a_copy_follows_its_own_layers(calls):
+    model = make_block(20, QKV, "fused")
+    twin = copy.deepcopy(model)
+    inner = twin.base_model.model
+    assert inner.q_proj.followers == (inner.k_proj, inner.v_proj)
+    assert_alike(run_block(twin, X), run_block(model, X))
+
+
+def test_nothing_is_kept_for_a_layer_that_is_not_called():
+    model = make_block(20, QKV, "fused")
+    inner = model.base_model.model
+    with torch.no_grad():
+        inner.q_proj(X)
+        assert inner.v_proj.ahead is not None
+        model(X)
+    assert inner.q_proj.ahead is inner.k_proj.ahead is inner.v_proj.ahead is None
