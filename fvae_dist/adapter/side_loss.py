@@ -303,12 +303,13 @@ def collect(
 class LayerForward:
     """What a layer in training mode needs to know of its forward, first or recomputed, and whom to report to.
 
-    `noise`: where its randomness comes from. `with_statistics`, `with_loss`: whether somebody will read their values.
+    `ticket`: from `noise.draw_ticket`; without one it is drawn here. `noise`: where its randomness comes from.
+    `with_statistics`, `with_loss`: whether somebody will read their values.
     """
 
-    def __init__(self, layer: nn.Module, adapter: str, num_tokens: int):
+    def __init__(self, layer: nn.Module, adapter: str, num_tokens: int, ticket: int | None = None):
         self._layer, self._adapter = layer, adapter
-        self._ticket = draw_ticket()
+        self._ticket = draw_ticket() if ticket is None else ticket
         self._collector: Collector | None = None
         self._is_recomputation = in_backward()
         self.with_loss = not self._is_recomputation

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fvae_dist.adapter import side_loss
+from fvae_dist.adapter.noise import draw_ticket
 from fvae_dist.kernels.fused_vae import MAX_ADAPTERS, Call, Side, fused_updates
 
 # By the names of transformers: linears of a block that are called with the same tensor, in the order of their calls.
@@ -34,6 +35,16 @@ class Ahead(NamedTuple):
     side: tuple[Tensor, ...]
 
 
+class Member(NamedTuple):
+    """A layer, the one adapter that trains there, and its parts."""
+
+    layer: Any
+    name: str
+    vae: Any
+    up: Tensor
+    scaling: float
+
+
 def followers_of(block: nn.Module, name: str, kind: type) -> tuple[Any, ...]:
     """Of a block's child, those after it that read the same input and are of that kind."""
     for names in SHARED_INPUT:
@@ -49,67 +60,71 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if ahead is not None and ahead.x is x:
         ahead.run.report(ahead.output, *ahead.side)
         return ahead.output
-    names = layer.active_adapters
-    if len(names) != 1 or not _is_ready(layer, names[0]):
+    leader = _member(layer)
+    if leader is None:
         return None
-    (name,) = names
-    dtype, device_type = layer.compute_dtype(name, x), x.device.type
+    dtype, device_type = layer.compute_dtype(leader.name, x), x.device.type
     narrow = x.to(dtype)
-    if not layer.fvae_vae[name].is_fused(narrow):
+    if not leader.vae.is_fused(narrow):
         return None
-    members = [layer, *(other for other in layer.followers if _is_alike(layer, other, name))][:MAX_ADAPTERS]
-    bases = [member.base_layer(x) for member in members]
+    others = (_member(other) for other in layer.followers)
+    members = [leader, *(other for other in others if other and _is_alike(leader, other))][:MAX_ADAPTERS]
+    bases = [member.layer.base_layer(x) for member in members]
     if any(base.dtype != dtype for base in bases):
-        return layer.update(name, x, bases[0])
-    runs = [side_loss.LayerForward(member, name, x.numel() // layer.in_features) for member in members]
+        return layer.update(leader.name, x, bases[0])
+    ticket, num_tokens = draw_ticket(), x.numel() // x.shape[-1]
+    runs = [side_loss.LayerForward(m.layer, m.name, num_tokens, ticket + i) for i, m in enumerate(members)]
     with torch.autocast(device_type, enabled=False):
-        outputs, sides = _updates(members, name, narrow, bases, runs)
+        outputs, sides = _updates(members, narrow, bases, runs)
     for member, output, run, side in list(zip(members, outputs, runs, sides))[1:]:
-        member.ahead = Ahead(x, output, run, side)
+        member.layer.ahead = Ahead(x, output, run, side)
     runs[0].report(outputs[0], *sides[0])
     return outputs[0]
 
 
 def _updates(
-    members: Sequence[Any], name: str, x: Tensor, bases: Sequence[Tensor], runs: Sequence[side_loss.LayerForward]
+    members: Sequence[Member], x: Tensor, bases: Sequence[Tensor], runs: Sequence[side_loss.LayerForward]
 ) -> tuple[Sequence[Tensor], list[tuple[Tensor, ...]]]:
+    """Of each layer the output, and what it reports of its side loss."""
     streams = [run.noise.stream(x.numel() // x.shape[-1], x.device) for run in runs]
-    keys, vaes = streams[0].keys, [member.fvae_vae[name] for member in members]
+    keys = streams[0].keys
     if any(stream.keys is not keys for stream in streams):  # they belong to collectors of unlike batches
-        alone = [_updates([m], name, x, [base], [run]) for m, base, run in zip(members, bases, runs)]
+        alone = [_updates([member], x, [base], [run]) for member, base, run in zip(members, bases, runs)]
         return [outputs[0] for outputs, _ in alone], [sides[0] for _, sides in alone]
     call = Call(
-        vaes[0].fused_spec,
+        members[0].vae.fused_spec,
         tuple(stream.salt for stream in streams),
-        members[0].scaling[name],
+        members[0].scaling,
         any(run.with_statistics for run in runs),
         any(run.with_loss for run in runs),
     )
-    parameters = [parameter for vae in vaes for parameter in vae.fused_parameters()]
-    ups = [member.fvae_lora_B[name].weight for member in members]
+    parameters = [parameter for member in members for parameter in member.vae.fused_parameters()]
+    ups = [member.up for member in members]
     outputs, sides = fused_updates(call, x, keys.to(x.device), bases, parameters, ups)
-    reports = [_report(vae, x, run, side) for vae, run, side in zip(vaes, runs, sides)]
-    return outputs, reports
+    return outputs, [_report(member.vae, x, run, side) for member, run, side in zip(members, runs, sides)]
 
 
 def _report(vae: Any, x: Tensor, run: side_loss.LayerForward, side: Side) -> tuple[Tensor, ...]:
     return side.loss, *(vae.fused_statistics(x, side) if run.with_statistics else ())
 
 
-def _is_ready(layer: Any, name: str) -> bool:
-    """Whether the layer trains this adapter, and its weights are here without ZeRO-3's hooks on its modules."""
-    if name not in layer.fvae_lora_B or layer.disable_adapters or layer.merged_adapters:
-        return False
-    vae = layer.fvae_vae[name]
-    is_whole = layer.stays_whole or not hasattr(layer.fvae_lora_B[name].weight, "ds_id")
-    return vae.training and vae.config.kernel == "fused" and not vae.config.inference_only and is_whole
+def _member(layer: Any) -> Member | None:
+    """None if the layer does not train exactly one adapter with the kernels, or its weights are not whole here without
+    ZeRO-3's hooks on its modules."""
+    names = layer.active_adapters
+    if len(names) != 1 or layer.disable_adapters or layer.merged_adapters:
+        return None
+    # Past nn.Module's __getattr__, which is slow.
+    (name,), parts = names, layer._modules
+    vae = parts["fvae_vae"]._modules.get(name)
+    if vae is None or not vae.training or vae.config.kernel != "fused" or vae.config.inference_only:
+        return None
+    up = parts["fvae_lora_B"]._modules[name]._parameters["weight"]
+    if hasattr(up, "ds_id") and not layer.stays_whole:
+        return None
+    return Member(layer, name, vae, up, layer.scaling[name])
 
 
-def _is_alike(layer: Any, other: Any, name: str) -> bool:
-    return (
-        list(other.active_adapters) == [name]
-        and _is_ready(other, name)
-        and other.fvae_vae[name].fused_spec == layer.fvae_vae[name].fused_spec
-        and other.scaling[name] == layer.scaling[name]
-        and other.in_features == layer.in_features
-    )
+def _is_alike(a: Member, b: Member) -> bool:
+    is_same_size = a.layer.in_features == b.layer.in_features and a.vae.fused_spec == b.vae.fused_spec
+    return a.name == b.name and a.scaling == b.scaling and is_same_size

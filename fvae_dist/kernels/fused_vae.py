@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
-from fvae_dist.kernels.launching import Plan, kernels, on, plan_of
+from fvae_dist.kernels.launching import Plan, alignment_of, kernels, on, plan_of, stream_of
 from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
@@ -26,8 +26,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 WIDEST = 128
 DEEPEST_DECODER = 3
 MAX_ADAPTERS = 3
-# Of a VAE's parameters: those with values for each feature, and those before the decoder's inner layers.
-_OF_FEATURES, _BEFORE_INNER = 5, 17
+# Of a VAE's parameters the first, which are packed: both trunks' and the decoder's output weight.
+_WIDE = 3
 
 
 class Side(NamedTuple):
@@ -98,23 +98,23 @@ def fused_updates(
 class _FusedVAE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, x: Tensor, keys: Tensor, *parameters: Tensor):  # type: ignore[override]
-        run = _Run(call, x, 1)
-        rows, state, loss, statistics = run.forward(x, keys, parameters)
-        ctx.run, ctx.shapes = run, [parameter.shape for parameter in parameters]
-        ctx.save_for_backward(rows, *state)
+        ctx.run = run = _Run(call, x, 1)
+        state, loss, statistics = run.forward(x, keys, parameters)
+        ctx.save_for_backward(*state)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         leading = x.shape[:-1]
-        return state.z1.view(*leading, call.spec.r), loss.view(leading), *statistics
+        return run.z1_of(state).view(*leading, call.spec.r), loss.view(leading), *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z1, d_loss, *_):  # type: ignore[override]
-        rows, *saved = ctx.saved_tensors
-        state = State(*saved)
-        d_z1 = torch.zeros_like(state.z1) if d_z1 is None else d_z1.contiguous()
-        d_x, of_parameters = ctx.run.backward(rows, state, d_z1, [d_loss], ctx.needs_input_grad[1])
-        return None, d_x, None, *_split(of_parameters, ctx.shapes)
+        state = State(*ctx.saved_tensors)
+        shape = (1, len(state.x), ctx.run.call.spec.r)
+        d_rows = state.latents.new_empty(shape)
+        d_rows = d_rows.zero_() if d_z1 is None else d_rows.copy_(d_z1.reshape(shape))
+        d_x, of_parameters = ctx.run.backward(state, d_rows, [d_loss], ctx.needs_input_grad[1])
+        return None, d_x, None, *of_parameters
 
 
 class _FusedUpdates(torch.autograd.Function):
@@ -122,178 +122,204 @@ class _FusedUpdates(torch.autograd.Function):
     def forward(ctx, call: Call, x: Tensor, keys: Tensor, *tensors: Tensor):  # type: ignore[override]
         number, leading = len(call.salts), x.shape[:-1]
         bases, parameters, ups = tensors[:number], tensors[number:-number], tensors[-number:]
-        run = _Run(call, x, number)
-        rows, state, loss, statistics = run.forward(x, keys, parameters, ups)
-        # Not the parameters themselves: ZeRO-3 may have emptied them by the backward.
-        ctx.run, ctx.shapes, ctx.up_shapes = run, [one.shape for one in parameters], [up.shape for up in ups]
-        ctx.save_for_backward(rows, *state)
+        ctx.run = run = _Run(call, x, number)
+        state, loss, statistics = run.forward(x, keys, parameters, ups)
+        ctx.up_shapes = [up.shape for up in ups]
+        ctx.save_for_backward(*state)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         outputs = [
-            torch.addmm(base.reshape(len(rows), -1), z1, up.t(), alpha=call.scaling).view(base.shape)
-            for base, z1, up in zip(bases, state.narrow_z1, _split_ups(state, ctx.up_shapes), strict=True)
+            torch.addmm(base.reshape(len(state.x), -1), z1, up.t(), alpha=call.scaling).view(base.shape)
+            for base, (z1, up) in zip(bases, run.updates_of(state, ctx.up_shapes), strict=True)
         ]
         return *outputs, *(of.view(leading) for of in loss), *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # type: ignore[override]
-        rows, *saved = ctx.saved_tensors
-        run, state, number = ctx.run, State(*saved), len(ctx.up_shapes)
+        run, state, number = ctx.run, State(*ctx.saved_tensors), len(ctx.up_shapes)
         d_outputs, d_losses = gradients[:number], gradients[number : 2 * number]
-        d_z1 = torch.empty_like(state.z1)
+        d_z1 = state.latents.new_empty((number, len(state.x), run.call.spec.r))
         d_ups: list[Tensor | None] = [None] * number
-        for i, (d_output, up) in enumerate(zip(d_outputs, _split_ups(state, ctx.up_shapes), strict=True)):
+        for i, (d_output, (z1, up)) in enumerate(zip(d_outputs, run.updates_of(state, ctx.up_shapes), strict=True)):
             if d_output is None:
                 d_z1[i] = 0
                 continue
-            d_rows = d_output.reshape(len(rows), -1)
+            d_rows = d_output.reshape(len(state.x), -1)
             wide_product(d_rows, up, d_z1[i])
-            d_up = wide_product(d_rows.t(), state.narrow_z1[i], rows.new_empty(up.shape, dtype=torch.float32))
+            d_up = wide_product(d_rows.t(), z1, state.latents.new_empty(up.shape))
             d_ups[i] = d_up if run.call.scaling == 1 else d_up.mul_(run.call.scaling)
-        d_x, of_parameters = run.backward(rows, state, d_z1, d_losses, ctx.needs_input_grad[1])
-        return None, d_x, None, *d_outputs, *_split(of_parameters, ctx.shapes), *d_ups
+        d_x, of_parameters = run.backward(state, d_z1, d_losses, ctx.needs_input_grad[1])
+        return None, d_x, None, *d_outputs, *of_parameters, *d_ups
 
 
 class State(NamedTuple):
-    """What the backward needs beside x, of all G adapters: the parameters as packed by the kernels, and of each token
-    what is narrow. `up` are the up-projections in x's dtype, one behind the other."""
+    """What the backward needs, of all G adapters.
 
+    Attributes:
+        x: the rows (T, D).
+        parameters: fp32 (G, ...), but for the wide weights.
+        packed: these in x's dtype, see `vae_triton`; the up-projections (O, R) behind all others.
+        latents: fp32; z1, z2 (G, T, R each), the trunks' hidden units (G, T, 2H), the posterior (G, T, 4, R).
+        units: in x's dtype; z1 (G, T, R) again, the decoder's hidden units (G, DEPTH, T, W).
+    """
+
+    x: Tensor
     parameters: Tensor
-    trunks: Tensor
-    narrow: Tensor
-    up: Tensor
-    z1: Tensor
-    z2: Tensor
-    narrow_z1: Tensor
-    encoded: Tensor
-    posterior: Tensor
-    decoded: Tensor
+    packed: Tensor
+    latents: Tensor
+    units: Tensor
 
 
 class _Run:
-    """Forward and backward of G adapters for one x."""
+    """Forward and backward of G adapters for one x. Tensors that kernels take are new, or their alignment is told."""
 
     def __init__(self, call: Call, x: Tensor, number: int):
         self.call, self.number, self.shape = call, number, x.shape
         features = x.shape[-1]
-        self.plan: Plan = plan_of(call.spec, x.dtype, (x.numel() // features, features), number, x.device)
+        self.num_tokens = x.numel() // features
+        self.plan: Plan = plan_of(call.spec, x.dtype, (self.num_tokens, features), number, x.device)
+
+    def z1_of(self, state: State) -> Tensor:
+        """(G, T, R), fp32"""
+        return self._first(state.latents, self.call.spec.r)
+
+    def posterior_of(self, state: State) -> Tensor:
+        """(G, T, 4, R)"""
+        last = 4 * self.number * self.num_tokens * self.call.spec.r
+        return state.latents[-last:].view(self.number, self.num_tokens, 4, self.call.spec.r)
+
+    def updates_of(self, state: State, shapes: Sequence[torch.Size]) -> list[tuple[Tensor, Tensor]]:
+        """Of each adapter z1 (T, R) and its up-projection (O, R), in x's dtype."""
+        ups = state.packed[self.number * self.plan.num_packed :].split([shape.numel() for shape in shapes])
+        z1s = self._first(state.units, self.call.spec.r)
+        return [(z1, up.view(shape)) for z1, up, shape in zip(z1s, ups, shapes, strict=True)]
+
+    def _first(self, buffer: Tensor, width: int) -> Tensor:
+        shape = (self.number, self.num_tokens, width)
+        return buffer[: self.number * self.num_tokens * width].view(shape)
 
     def forward(
         self, x: Tensor, keys: Tensor, parameters: Sequence[Tensor], ups: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, State, Tensor, tuple[Tensor, ...]]:
-        """x's rows (T, D), the state, the loss (G, T) and with statistics the other fields of `Side`, (G, ...).
+    ) -> tuple[State, Tensor, tuple[Tensor, ...]]:
+        """The state, the loss (G, T) and with statistics the other fields of `Side`, (G, ...).
 
         `parameters` and `ups` are those of all adapters.
         """
-        call, plan, number = self.call, self.plan, self.number
-        x = x.reshape(-1, x.shape[-1]).contiguous()
-        spec, (num_tokens, features), keys = call.spec, x.shape, keys.contiguous()
+        call, plan, number, num_tokens = self.call, self.plan, self.number, self.num_tokens
+        spec, features = call.spec, x.shape[-1]
+        c, r, hidden = spec.coefficients, spec.r, spec.encoder_hidden
+        rows = x.reshape(-1, features).contiguous()
         wide = partial(x.new_empty, dtype=torch.float32)
-        flat = _flatten_dense_tensors((*parameters, *ups))
-        num_up = len(flat) - number * plan.stride
+        each = len(parameters) // number
+        of_adapters = [parameters[i * each : (i + 1) * each] for i in range(number)]
+        sizes_up = [up.numel() for up in ups] + [0] * (MAX_ADAPTERS - len(ups))
         state = State(
-            parameters=flat,
-            trunks=x.new_empty((number, plan.parts, 2 * spec.encoder_hidden, features)),
-            narrow=x.new_empty((number, features, spec.decoder_hidden)),
-            up=x.new_empty(num_up),
-            z1=wide((number, num_tokens, spec.r)),
-            z2=wide((number, num_tokens, spec.r)),
-            narrow_z1=x.new_empty((number, num_tokens, spec.r)),
-            encoded=wide((number, num_tokens, 2 * spec.encoder_hidden)),
-            posterior=wide((number, num_tokens, 4, spec.r)),
-            decoded=x.new_empty((number, spec.decoder_layers, num_tokens, spec.decoder_hidden)),
+            rows if rows.data_ptr() % 16 == 0 else rows.clone(),
+            _flatten_dense_tensors([one for of in of_adapters for one in of[_WIDE:]]),
+            x.new_empty(number * plan.num_packed + sum(sizes_up)),
+            wide(number * num_tokens * (6 * r + 2 * hidden)),
+            x.new_empty(number * num_tokens * (r + spec.decoder_layers * spec.decoder_hidden)),
         )
         terms = wide((number, 5, num_tokens))
-        c, loss = spec.coefficients, terms[:, 0]
         statistics: tuple[Tensor, ...] = ()
-        salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
         with on(x):
-            plan.pack(flat, state.trunks, state.narrow, state.up, features, plan.stride, num_up)
-            products = wide((plan.encode_chunks, *state.encoded.shape))
-            plan.encode(x, state.trunks, products, num_tokens, features, plan.encode_chunk)
+            stream = stream_of(x.device)
+            keys = keys.contiguous()
+            packing = [
+                one.contiguous()
+                for i in range(number)
+                for one in (*of_adapters[i][:_WIDE], ups[i] if ups else state.parameters)
+            ]
+            kind = alignment_of(packing)
+            packing += packing[:4] * (MAX_ADAPTERS - number)
+            plan.pack(max(sizes_up))(stream, *packing, state.packed, features, *sizes_up, kind=kind)
+            products = wide((plan.encode_chunks, number, num_tokens, 2 * hidden))
+            plan.encode(stream, state.x, state.packed, products, num_tokens, features, plan.encode_chunk)
+            salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
             plan.latents(
-                products, keys, flat, state.z1, state.z2, state.narrow_z1, terms, state.encoded, state.posterior,
-                state.decoded, num_tokens, plan.stride, *salts, *c[1:], spec.prior_mean, spec.prior_std,
+                stream, products, keys, state.parameters, state.latents, state.units, terms, num_tokens, features,
+                plan.stride, *salts, *c[1:], spec.prior_mean, spec.prior_std,
+                kind=(keys.data_ptr() % 16, *(-(2**31) <= salt < 2**31 for salt in salts)),
             )  # fmt: skip
-            decoder = (x, flat, state.narrow, state.decoded)
+            decoder = (state.x, state.parameters, state.packed, state.units)
             sizes = (num_tokens, features, plan.stride, plan.likelihood_chunk)
             if call.with_statistics:
                 sums = wide((plan.likelihood_chunks, 2, number, num_tokens))
-                plan.likelihood_with_statistics(*decoder, sums, *sizes)
+                plan.likelihood_with_statistics(stream, *decoder, sums, *sizes)
                 nll, squared_error = _total(sums).unbind(0)
-                loss = torch.add(loss, nll, alpha=c.nll)
+                loss = torch.add(terms[:, 0], nll, alpha=c.nll)
                 terms[:, 0], terms[:, 1] = loss, nll
-                statistics = terms, state.posterior.detach(), squared_error
+                statistics = terms, self.posterior_of(state), squared_error
             elif call.with_loss:
                 sums = wide((plan.likelihood_chunks, number, num_tokens))
-                plan.likelihood(*decoder, sums, *sizes)
-                loss = torch.add(loss, _total(sums), alpha=c.nll)
-        return x, state, loss, statistics
+                plan.likelihood(stream, *decoder, sums, *sizes)
+                loss = torch.add(terms[:, 0], _total(sums), alpha=c.nll)
+            else:
+                loss = terms[:, 0]
+        return state, loss, statistics
 
     def backward(
-        self, x: Tensor, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
+        self, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients to x and to the parameters: a list of flat parts, each (G, ...), that follow one another.
-
-        `d_z1` (G, T, R) counts `scaling` times.
-        """
-        call, plan, number = self.call, self.plan, self.number
-        spec, (num_tokens, features) = call.spec, x.shape
-        c, wide = spec.coefficients, partial(x.new_empty, dtype=torch.float32)
+        """Gradients to x, in its own shape, and to the parameters. `d_z1` (G, T, R) counts `scaling` times."""
+        call, plan, number, num_tokens = self.call, self.plan, self.number, self.num_tokens
+        spec, c, features = call.spec, call.spec.coefficients, self.shape[-1]
+        hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
+        wide = partial(state.x.new_empty, dtype=torch.float32)
         d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
-        d_decoded = torch.empty_like(state.decoded)
-        d_encoded = x.new_empty((number, num_tokens, 2 * spec.encoder_hidden))
-        d_last = wide((plan.backward_chunks, number, num_tokens, spec.decoder_hidden))
+        d_units = state.x.new_empty(number * num_tokens * (2 * hidden + depth * width))
+        d_last = wide((plan.backward_chunks, number, num_tokens, width))
         of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
-        d_posterior = wide(0 if plan.sums_fit else state.posterior.shape)
-        num_inner = spec.num_small - spec.num_outer
-        of_features = wide((plan.feature_chunks, number, features * spec.num_of_feature))
-        d_x = x.new_empty(self.shape) if needs_x else None
-        decoder, sizes = (x, state.parameters, state.narrow, state.decoded), (num_tokens, features, plan.stride)
-        with on(x):
-            plan.backward_likelihood(*decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
+        d_posterior = wide(0 if plan.sums_fit else (number, num_tokens, 4, spec.r))
+        of_features = wide((plan.feature_chunks, number, plan.num_parameters))
+        d_x = state.x.new_empty(self.shape) if needs_x else None
+        sizes = (num_tokens, features, plan.stride)
+        decoder = (state.x, state.parameters, state.packed, state.units)
+        with on(state.x):
+            stream = stream_of(state.x.device)
+            plan.backward_likelihood(stream, *decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
             plan.backward_latents(
-                d_last, state.parameters, state.z1, state.z2, state.encoded, state.posterior, state.decoded, d_loss,
-                d_z1, d_decoded, d_encoded, d_posterior, of_tokens, num_tokens, plan.stride, plan.latent_blocks,
-                float(call.scaling), *c[1:5], spec.prior_mean, spec.prior_std,
+                stream, d_last, state.parameters, state.latents, state.units, d_loss, d_z1, d_units, d_posterior,
+                of_tokens, *sizes, plan.latent_blocks, float(call.scaling), *c[1:5], spec.prior_mean, spec.prior_std,
             )  # fmt: skip
             if d_x is not None:
-                plan.backward_input(*decoder, state.trunks, d_encoded, d_loss, d_x, *sizes, c.nll)
-            plan.backward_features(*decoder, d_encoded, d_loss, of_features, *sizes, c.nll, plan.feature_chunk)
-            outer = (
-                _total(of_tokens) if plan.sums_fit else _outer_gradients(spec, state, d_posterior, d_encoded, d_decoded)
+                plan.backward_input(stream, *decoder, d_units, d_loss, d_x, *sizes, c.nll)
+            plan.backward_features(
+                stream, *decoder, d_units, d_loss, of_features, *sizes, plan.num_parameters, c.nll, plan.feature_chunk
             )
-            parts = [_total(of_features), outer]
-            if num_inner:
-                of_inner = wide((plan.inner_chunks, number, num_inner))
-                plan.backward_inner(state.decoded, d_decoded, of_inner, num_tokens, plan.inner_chunk)
-                parts.append(_total(of_inner))
-        return d_x, parts
+            # The gradient of all adapters, in which each kernel's sums have their place.
+            flat, first = of_features[0], features * spec.num_of_feature
+            if len(of_features) > 1:
+                torch.sum(of_features[:, :, :first], 0, out=flat[:, :first])
+            outer, inner = flat[:, first : first + spec.num_outer], flat[:, first + spec.num_outer :]
+            if plan.sums_fit:
+                torch.sum(of_tokens, 0, out=outer)
+            else:
+                outer.copy_(self._outer_gradients(state, d_posterior, d_units))
+            if depth > 1:
+                of_inner = wide((plan.inner_chunks, *inner.shape))
+                plan.backward_inner(stream, state.units, d_units, of_inner, num_tokens, plan.inner_chunk)
+                torch.sum(of_inner, 0, out=inner)
+        return d_x, _unflatten_dense_tensors(flat.view(-1), plan.like)
 
-
-def _outer_gradients(spec: Spec, state: State, d_posterior: Tensor, d_encoded: Tensor, d_decoded: Tensor) -> Tensor:
-    """(G, num_outer): what the kernel adds up itself for small widths, in the same order."""
-    hidden, d_first = spec.encoder_hidden, d_decoded[:, 0].float()
-    gradients = [d_encoded.float().sum(1)]
-    for encoder, values in enumerate(state.encoded.split(hidden, dim=2)):
-        for d_head in d_posterior[:, :, 2 * encoder : 2 * encoder + 2].unbind(2):
-            gradients += [(d_head.mT @ values).flatten(1), d_head.sum(1)]
-    z = torch.cat([state.z1, state.z2], dim=2) if spec.concat else (state.z1 + state.z2) / 2
-    return torch.cat([*gradients, (d_first.mT @ z).flatten(1), d_first.sum(1)], dim=1)
-
-
-def _split(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Gradients of all adapters' parameters, from those of features, of heads and first layer, of inner layers."""
-    of_one = [shape.numel() for shape in shapes[: len(shapes) // len(parts[0])]]
-    sizes = (of_one[:_OF_FEATURES], of_one[_OF_FEATURES:_BEFORE_INNER], of_one[_BEFORE_INNER:])
-    values = (value for i in range(len(parts[0])) for part, of in zip(parts, sizes) for value in part[i].split(of))
-    return [value.view(shape) for value, shape in zip(values, shapes, strict=True)]
-
-
-def _split_ups(state: State, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = state.up.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    def _outer_gradients(self, state: State, d_posterior: Tensor, d_units: Tensor) -> Tensor:
+        """(G, num_outer): what the kernel adds up itself for small widths, in the same order."""
+        spec, number, num_tokens = self.call.spec, self.number, self.num_tokens
+        hidden, r = spec.encoder_hidden, spec.r
+        each = number * num_tokens
+        z1, z2, encoded, _ = state.latents.split([each * r, each * r, each * 2 * hidden, each * 4 * r])
+        z1, z2 = z1.view(number, num_tokens, r), z2.view(number, num_tokens, r)
+        encoded = encoded.view(number, num_tokens, 2 * hidden)
+        d_encoded = self._first(d_units, 2 * hidden).float()
+        d_decoded = d_units[each * 2 * hidden :].view(number, spec.decoder_layers, num_tokens, spec.decoder_hidden)
+        d_first = d_decoded[:, 0].float()
+        gradients = [d_encoded.sum(1)]
+        for encoder, values in enumerate(encoded.split(hidden, dim=2)):
+            for d_head in d_posterior[:, :, 2 * encoder : 2 * encoder + 2].unbind(2):
+                gradients += [(d_head.mT @ values).flatten(1), d_head.sum(1)]
+        z = torch.cat([z1, z2], dim=2) if spec.concat else (z1 + z2) / 2
+        return torch.cat([*gradients, (d_first.mT @ z).flatten(1), d_first.sum(1)], dim=1)
 
 
 def _total(partial_sums: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -57,7 +57,6 @@ def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
         "W": spec.decoder_hidden,
         "WB": _padded(spec.decoder_hidden),
         "DEPTH": spec.decoder_layers,
-        "NUM_SMALL": spec.num_small,
         "CONCAT": spec.concat,
         "WORDS": spec.num_words,
         "ENCODER_THRESHOLD": round(spec.encoder_dropout * 2**32),
@@ -76,12 +75,12 @@ def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
 NARROW_TILES = {
     "encode": (64, 64, 2, 4),
     "latents": (32, 0, 8, 1),
-    "likelihood": (32, 64, 2, 3),
-    "backward_likelihood": (32, 64, 2, 3),
+    "likelihood": (64, 64, 2, 3),
+    "backward_likelihood": (64, 32, 2, 3),
     "backward_latents": (16, 0, 4, 1),
-    "backward_input": (32, 128, 2, 1),
+    "backward_input": (32, 128, 4, 1),
     "backward_inner": (64, 32, 4, 3),
-    "backward_features": (128, 16, 4, 3),
+    "backward_features": (256, 16, 4, 2),
 }
 _EXACT_TILES = {
     "encode": (32, 32, 4, 2),
@@ -100,34 +99,36 @@ class Launch:
     """A kernel with its grid and its compile-time arguments.
 
     Triton looks at all arguments of every launch anew, 50 us and more on a slow host: as long as these kernels run.
-    Here a compiled kernel is found by that alone for which Triton would compile another one: whether pointers are
-    aligned, dtypes, and integers that are 1, divisible by 16, or need 64 bits.
+    Here a compiled kernel is found by what the caller says of the arguments: whatever may differ between two calls of
+    one plan and would make Triton compile another kernel (alignment of tensors that were not allocated for this, range
+    of integers).
     """
 
     def __init__(self, kernel: str, grid: tuple[int, ...], constants: dict[str, Any]):
         self._kernel = getattr(kernels(), f"{kernel}_kernel")
         self._grid, self._constants = (*grid, 1, 1)[:3], constants
         self._last = [constants[name] for name in self._kernel.arg_names if name in constants]
-        self._compiled: dict[tuple, Callable] = {}
+        self._compiled: dict[Any, Callable] = {}
 
-    def __call__(self, *arguments: Tensor | float) -> None:
+    def __call__(self, stream: int | None, *arguments: Tensor | float, kind: Any = None) -> None:
         """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones."""
-        kind = tuple(map(_kind_of, arguments))
         run = self._compiled.get(kind)
         if run is not None:
-            run(*arguments, *self._last)
+            run(*arguments, *self._last, stream=stream)
             return
         compiled = self._kernel[self._grid](*arguments, **self._constants)
         if compiled is not None:  # the interpreter compiles nothing
             self._compiled[kind] = compiled[self._grid]
 
 
-def _kind_of(argument: Tensor | float) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return None
+def stream_of(device: torch.device) -> int | None:
+    """The current stream there, as Triton takes it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def alignment_of(tensors: Iterable[Tensor]) -> tuple[bool, ...]:
+    """What Triton compiles for: whether each tensor begins at a multiple of 16 bytes, as all new ones do."""
+    return tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 class Plan:
@@ -143,11 +144,17 @@ class Plan:
         self._processors = processors(device)
         features = self._features
         self.parts = 1 if dtype == torch.float32 else 2
-        self.stride = features * spec.num_of_feature + spec.num_small
-        largest = features * max(2 * spec.encoder_hidden, spec.decoder_hidden)
-        self.pack = self._launch("pack", (cdiv(largest, 1024), adapters), BLOCK=1024, PARTS=self.parts)
+        # Of an adapter: numbers of `packed` but for its up-projection, of `parameters`, and of the gradient.
+        self.num_packed = features * (2 * self.parts * spec.encoder_hidden + spec.decoder_hidden)
+        self.stride = 2 * features + spec.num_small
+        self.num_parameters = features * spec.num_of_feature + spec.num_small
+        # Only their sizes count: what the gradient is split into.
+        shapes = adapters * spec.shapes(features)
+        self.like = [torch.empty(shape, device="meta") for shape in shapes]
+        # The widest up-projection may be wider than everything else.
+        self._pack: dict[int, Launch] = {}
         blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
-        self.encode = self._launch("encode", (blocks, self.encode_chunks), PARTS=self.parts)
+        self.encode = self._launch("encode", (blocks, self.encode_chunks))
         blocks = adapters * self._blocks("latents")
         self.latents = self._launch("latents", (blocks,), CHUNKS=self.encode_chunks)
         blocks, self.likelihood_chunks, self.likelihood_chunk = self._over_features("likelihood")
@@ -167,7 +174,7 @@ class Plan:
         )
         blocks = cdiv(features, self._tile("backward_input")[1])
         grid = (blocks, self._blocks("backward_input"))
-        self.backward_input = self._launch("backward_input", grid, PARTS=self.parts)
+        self.backward_input = self._launch("backward_input", grid)
         if spec.decoder_layers > 1:
             inner, blocks = spec.decoder_layers - 1, cdiv(spec.decoder_hidden, self._tile("backward_inner")[1])
             self.inner_chunks, self.inner_chunk = self._over_tokens("backward_inner", adapters * inner * blocks)
@@ -175,6 +182,14 @@ class Plan:
         blocks = adapters * cdiv(features, self._tile("backward_features")[1])
         self.feature_chunks, self.feature_chunk = self._over_tokens("backward_features", blocks)
         self.backward_features = self._launch("backward_features", (blocks, self.feature_chunks))
+
+    def pack(self, widest_up: int) -> Launch:
+        """For up-projections of at most so many numbers."""
+        if widest_up not in self._pack:
+            spec, block = self._spec, 1024
+            largest = max(widest_up, self._features * max(2 * spec.encoder_hidden, spec.decoder_hidden))
+            self._pack[widest_up] = self._launch("pack", (cdiv(largest, block), self._adapters), BLOCK=block)
+        return self._pack[widest_up]
 
     def _tile(self, kernel: str) -> tuple[int, int, int, int]:
         exact = self._dtype == torch.float32
@@ -202,7 +217,8 @@ class Plan:
         return chunks, cdiv(self._num_tokens, chunks)
 
     def _launch(self, kernel: str, grid: tuple[int, ...], **constants: Any) -> Launch:
-        values, options = constants_of(self._spec, self._dtype) | constants | {"G": self._adapters}, {}
+        values, options = constants_of(self._spec, self._dtype) | constants, {}
+        values |= {"G": self._adapters, "PARTS": self.parts}
         if kernel != "pack":
             values["BT"], values["BD"], options["num_warps"], options["num_stages"] = self._tile(kernel)
         names = getattr(kernels(), f"{kernel}_kernel").arg_names

@@ -49,6 +49,15 @@ class Spec:
         """How many of them stand before the decoder's inner layers."""
         return self.num_small - (self.decoder_layers - 1) * self.decoder_hidden * (self.decoder_hidden + 1)
 
+    def shapes(self, features: int) -> list[tuple[int, ...]]:
+        """Of all parameters of one adapter, in the order of `vae_triton`."""
+        r, hidden, width = self.r, self.encoder_hidden, self.decoder_hidden
+        heads: list[tuple[int, ...]] = [(r, hidden), (r,)] * 4
+        inputs = [2 * r if self.concat else r] + [width] * (self.decoder_layers - 1)
+        decoder = [shape for size in inputs for shape in ((width, size), (width,))]
+        of_features = [(hidden, features), (hidden, features), (features, width), (features,), (features,)]
+        return [*of_features, (hidden,), (hidden,), *heads, *decoder]
+
     @property
     def sums_fit(self) -> bool:
         """Whether a program can hold the gradients of heads and first layer, in 16 bit, beside its tokens."""

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fvae_dist.kernels.triton_parts import LIMIT, cast, clamp, dot, of_adapter, output, residual, weight_of
+from fvae_dist.kernels.triton_parts import LIMIT, cast, clamp, decoder_of, dot, latents_of, output, residual, weight_of
 
 
 @triton.jit
@@ -54,16 +54,16 @@ def _heads_backward(
 
 @triton.jit(do_not_specialize=["T"])
 def backward_likelihood_kernel(
-    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, d_loss_ptr, partial_ptr, T, D, stride, chunk, c_nll,
-    H2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr,
+    x_ptr, parameters_ptr, packed_ptr, units_ptr, d_loss_ptr, partial_ptr, T, D, stride, chunk, c_nll, R: tl.constexpr,
+    H2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the decoder's last hidden units over `chunk` features: partial (chunks, G, T, W)."""
     ELEMENT: tl.constexpr = x_ptr.dtype.element_ty
     of = tl.program_id(0) % G
     rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
-    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
-        of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = decoder_of(
+        of, parameters_ptr, packed_ptr, units_ptr, T, D, stride, R, H2, W, DEPTH, G, PARTS
     )
     d_loss_ptr += of * T.to(tl.int64)
     is_token = rows < T
@@ -90,18 +90,18 @@ def backward_likelihood_kernel(
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
 def backward_latents_kernel(
-    partial_ptr, parameters_ptr, z1_ptr, z2_ptr, encoded_ptr, posterior_ptr, decoded_ptr, d_loss_ptr, d_z1_ptr,
-    d_decoded_ptr, d_encoded_ptr, d_posterior_ptr, sums_ptr, T, stride, num_blocks, scaling, c_kl1, c_kl2, c_z1, c_z2,
+    partial_ptr, parameters_ptr, latents_ptr, units_ptr, d_loss_ptr, d_z1_ptr, d_units_ptr, d_posterior_ptr, sums_ptr,
+    T, D, stride, num_blocks, scaling, c_kl1, c_kl2, c_z1, c_z2,
     prior_mean, prior_std, R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr,
     WB: tl.constexpr, DEPTH: tl.constexpr, CONCAT: tl.constexpr, ENCODER_P: tl.constexpr, DECODER_P: tl.constexpr,
-    NUM_SMALL: tl.constexpr, G: tl.constexpr, CHUNKS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    G: tl.constexpr, CHUNKS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, each (G, ...), of the decoder's hidden layers before their activation (DEPTH, T, W) and of the trunks
-    before theirs (T, 2H). With SUMS also sums (programs, G, ...) of the gradients of the trunks' biases, heads and the
-    decoder's first layer, else (where they are too large for a program) the gradient of the posterior (T, 4, R).
-    d_z1 (G, T, R) counts `scaling` times."""
-    ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
+    """Gradients, each (G, ...), of the trunks before their activation (T, 2H) and, behind them, of the decoder's hidden
+    layers before theirs (DEPTH, T, W). With SUMS also sums (programs, G, ...) of the gradients of the trunks' biases,
+    heads and the decoder's first layer, else (where they are too large for a program) the gradient of the posterior
+    (T, 4, R). d_z1 (G, T, R) counts `scaling` times."""
+    ELEMENT: tl.constexpr = units_ptr.dtype.element_ty
     Z: tl.constexpr = 2 * R if CONCAT else R
     HEADS1: tl.constexpr = 2 * H
     HEADS2: tl.constexpr = 2 * H + 2 * R * (H + 1)
@@ -109,18 +109,15 @@ def backward_latents_kernel(
     INNER: tl.constexpr = DECODER + Z * W + W
     of = tl.program_id(0) % G
     sums = sums_ptr + tl.program_id(0).to(tl.int64) * INNER
-    small = parameters_ptr + of * stride + (stride - NUM_SMALL)
+    small = parameters_ptr + of * stride + 2 * D
     first = of * T.to(tl.int64)
     partial_ptr += first * W
-    z1_ptr += first * R
-    z2_ptr += first * R
-    encoded_ptr += first * (2 * H)
-    posterior_ptr += first * (4 * R)
-    decoded_ptr += first * (DEPTH * W)
+    z1_ptr, z2_ptr, encoded_ptr, posterior_ptr = latents_of(of, latents_ptr, T, R, H, G)
+    decoded_ptr = units_ptr + G * R * T.to(tl.int64) + first * (DEPTH * W)
     d_loss_ptr += first
     d_z1_ptr += first * R
-    d_decoded_ptr += first * (DEPTH * W)
-    d_encoded_ptr += first * (2 * H)
+    d_encoded_ptr = d_units_ptr + first * (2 * H)
+    d_decoded_ptr = d_units_ptr + G * 2 * H * T.to(tl.int64) + first * (DEPTH * W)
     d_posterior_ptr += first * (4 * R)
     hidden_units = tl.arange(0, HB)
     units = tl.arange(0, WB)
@@ -217,8 +214,8 @@ def backward_latents_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def backward_input_kernel(
-    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, trunks_ptr, d_encoded_ptr, d_loss_ptr, d_x_ptr, T, D, stride,
-    c_nll, H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
+    x_ptr, parameters_ptr, packed_ptr, units_ptr, d_units_ptr, d_loss_ptr, d_x_ptr, T, D, stride, c_nll,
+    R: tl.constexpr, H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
     G: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
@@ -238,8 +235,8 @@ def backward_input_kernel(
     is_trunk = (hidden_units < H2)[:, None] & is_feature[None, :]
     d_x = tl.zeros((BT, BD), tl.float32)
     for of in tl.static_range(G):
-        out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
-            of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+        out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = decoder_of(
+            of, parameters_ptr, packed_ptr, units_ptr, T, D, stride, R, H2, W, DEPTH, G, PARTS
         )
         last = tl.load(last_ptr + rows[:, None].to(tl.int64) * W + units[None, :], mask=is_last, other=0.0)
         d_nll = tl.load(d_loss_ptr + of * T.to(tl.int64) + rows, mask=is_token, other=0.0)[:, None] * c_nll
@@ -248,8 +245,8 @@ def backward_input_kernel(
         )
         d_x += d_nll * error * (1.0 / (scale * scale))[None, :]
         at_hidden = (of * T.to(tl.int64) + rows)[:, None] * H2 + hidden_units[None, :]
-        d_encoded = tl.load(d_encoded_ptr + at_hidden, mask=is_hidden, other=0.0)
-        trunk = tl.load(trunks_ptr + of * (PARTS * H2 * D) + at_trunk, mask=is_trunk, other=0.0)
+        d_encoded = tl.load(d_units_ptr + at_hidden, mask=is_hidden, other=0.0)
+        trunk = tl.load(packed_ptr + of * (PARTS * H2 * D) + at_trunk, mask=is_trunk, other=0.0)
         d_x += dot(d_encoded, trunk, PRECISION, INTERPRETED)
     d_x = cast(d_x, x_ptr.dtype.element_ty, INTERPRETED)
     tl.store(d_x_ptr + at_row + features[None, :], d_x, mask=is_tile)
@@ -257,13 +254,16 @@ def backward_input_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunk"])
 def backward_inner_kernel(
-    decoded_ptr, d_decoded_ptr, out_ptr, T, chunk, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr,
-    G: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    units_ptr, d_units_ptr, out_ptr, T, chunk, R: tl.constexpr, H2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
+    DEPTH: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the decoder's inner layers over `chunk` tokens: for each chunk a row (G, DEPTH - 1, W * (W + 1)). A
     program has BD of a layer's units."""
     of = tl.program_id(0) % G
     layer = tl.program_id(0) // G
+    decoded_ptr = units_ptr + G * R * T.to(tl.int64)
+    d_decoded_ptr = d_units_ptr + G * H2 * T.to(tl.int64)
     units = tl.program_id(2) * BD + tl.arange(0, BD)
     column = tl.arange(0, WB)[None, :]
     weight = tl.zeros((BD, WB), tl.float32)
@@ -290,20 +290,22 @@ def backward_inner_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunk"])
 def backward_features_kernel(
-    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, d_encoded_ptr, d_loss_ptr, out_ptr, T, D, stride, c_nll, chunk,
-    H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, parameters_ptr, packed_ptr, units_ptr, d_units_ptr, d_loss_ptr, out_ptr, T, D, stride, out_stride, c_nll,
+    chunk, R: tl.constexpr, H2: tl.constexpr, HB2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
+    DEPTH: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the parameters that have values for each feature, over `chunk` tokens: for each chunk a row
-    (G, D * (2 H + W + 2)) with the trunks' weights (2, H, D), output weight (D, W), its bias (D) and scale (D)."""
+    """Gradients of the parameters that have values for each feature, over `chunk` tokens: for each chunk and adapter
+    the trunks' weights (2, H, D), output weight (D, W), its bias (D) and scale (D), the first of `out_stride` numbers.
+    """
     ELEMENT: tl.constexpr = x_ptr.dtype.element_ty
     of = tl.program_id(0) % G
     features = tl.program_id(0) // G * BD + tl.arange(0, BD)
-    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
-        of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = decoder_of(
+        of, parameters_ptr, packed_ptr, units_ptr, T, D, stride, R, H2, W, DEPTH, G, PARTS
     )
     d_loss_ptr += of * T.to(tl.int64)
-    d_encoded_ptr += of * T.to(tl.int64) * H2
+    d_encoded_ptr = d_units_ptr + of * T.to(tl.int64) * H2
     is_feature = features < D
     units = tl.arange(0, WB)
     hidden_units = tl.arange(0, HB2)
@@ -333,7 +335,7 @@ def backward_features_kernel(
         d_bias += tl.sum(d_xhat, 1)
         d_scale += tl.sum(d_nll * inverse * (1.0 - standardised * standardised), 1)
         d_trunks += dot(x, d_encoded, PRECISION, INTERPRETED)
-    out = out_ptr + (tl.program_id(1) * G + of).to(tl.int64) * D * (W + 2 + H2)
+    out = out_ptr + (tl.program_id(1) * G + of).to(tl.int64) * out_stride
     at = hidden_units[None, :] * D + features[:, None]
     tl.store(out + at, d_trunks, mask=(hidden_units < H2)[None, :] & is_feature[:, None])
     out += D * H2

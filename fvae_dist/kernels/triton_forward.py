@@ -11,53 +11,58 @@ from fvae_dist.kernels.triton_parts import (
     bias_of,
     cast,
     clamp,
+    decoder_of,
     dot,
     fuse,
     heads,
     inner,
+    latents_of,
+    narrow_of,
     normals,
-    of_adapter,
     residual,
 )
 
 
 @triton.jit
 def pack_kernel(
-    parameters_ptr, trunks_ptr, narrow_ptr, up_ptr, D, stride, num_up, H: tl.constexpr, W: tl.constexpr,
-    G: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    trunk1_0, trunk2_0, out_0, up_0, trunk1_1, trunk2_1, out_1, up_1, trunk1_2, trunk2_2, out_2, up_2, packed_ptr, D,
+    num_up_0, num_up_1, num_up_2, H: tl.constexpr, W: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """trunks (G, PARTS, 2H, D): the weights of both trunks, in 16 bit in two parts, which is as exact as a 16-bit x
-    allows; narrow (G, D, W): the decoder's output weight; up (num_up): what stands behind the adapters."""
-    ELEMENT: tl.constexpr = trunks_ptr.dtype.element_ty
+    """The wide weights of all adapters in x's dtype: of both trunks (G, PARTS, 2H, D), for 16 bit in two parts, which
+    is as exact as a 16-bit x allows; the decoder's output weight (G, D, W); the up-projections, one after the other."""
+    ELEMENT: tl.constexpr = packed_ptr.dtype.element_ty
     of = tl.program_id(1)
-    block = tl.program_id(0)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    parameters = parameters_ptr + of * stride
-    is_trunk = index < 2 * H * D
-    weight = tl.load(parameters + index, mask=is_trunk, other=0.0)
+    trunk1, trunk2, out, up, num_up, first_up = trunk1_0, trunk2_0, out_0, up_0, num_up_0, 0
+    if G > 1 and of == 1:
+        trunk1, trunk2, out, up, num_up, first_up = trunk1_1, trunk2_1, out_1, up_1, num_up_1, num_up_0
+    if G > 2 and of == 2:
+        trunk1, trunk2, out, up, num_up, first_up = trunk1_2, trunk2_2, out_2, up_2, num_up_2, num_up_0 + num_up_1
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.load(trunk1 + index, mask=index < H * D, other=0.0)
+    weight += tl.load(trunk2 + index - H * D, mask=(index >= H * D) & (index < 2 * H * D), other=0.0)
     high = cast(weight, ELEMENT, INTERPRETED)
-    trunks = trunks_ptr + of * (PARTS * 2 * H * D) + index
-    tl.store(trunks, high, mask=is_trunk)
+    trunks = packed_ptr + of * (PARTS * 2 * H * D) + index
+    tl.store(trunks, high, mask=index < 2 * H * D)
     if PARTS > 1:
         low = cast(weight - high.to(tl.float32), ELEMENT, INTERPRETED)
-        tl.store(trunks + 2 * H * D, low, mask=is_trunk)
-    is_out = index < D * W
-    out_weight = tl.load(parameters + 2 * H * D + index, mask=is_out, other=0.0)
-    tl.store(narrow_ptr + of * (D * W) + index, cast(out_weight, ELEMENT, INTERPRETED), mask=is_out)
-    index = (block * G + of) * BLOCK + tl.arange(0, BLOCK)
-    up = tl.load(parameters_ptr + G * stride + index, mask=index < num_up, other=0.0)
-    tl.store(up_ptr + index, cast(up, ELEMENT, INTERPRETED), mask=index < num_up)
+        tl.store(trunks + 2 * H * D, low, mask=index < 2 * H * D)
+    narrow = narrow_of(packed_ptr, D, 2 * H, G, PARTS)
+    value = tl.load(out + index, mask=index < D * W, other=0.0)
+    tl.store(narrow + of * (D * W) + index, cast(value, ELEMENT, INTERPRETED), mask=index < D * W)
+    value = tl.load(up + index, mask=index < num_up, other=0.0)
+    tl.store(narrow + G * D * W + first_up + index, cast(value, ELEMENT, INTERPRETED), mask=index < num_up)
 
 
 @triton.jit(do_not_specialize=["T"])
 def encode_kernel(
-    x_ptr, trunks_ptr, partial_ptr, T, D, chunk, H2: tl.constexpr, HB2: tl.constexpr, G: tl.constexpr,
+    x_ptr, packed_ptr, partial_ptr, T, D, chunk, H2: tl.constexpr, HB2: tl.constexpr, G: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """x @ trunks.T over `chunk` features: partial (chunks, G, T, 2H)."""
     of = tl.program_id(0) % G
     rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
-    trunks_ptr += of * (PARTS * H2 * D)
+    trunks_ptr = packed_ptr + of * (PARTS * H2 * D)
     is_token = rows < T
     x_rows = x_ptr + rows[:, None].to(tl.int64) * D
     units = tl.arange(0, HB2)
@@ -77,31 +82,29 @@ def encode_kernel(
 
 @triton.jit(do_not_specialize=["T", "salt0", "salt1", "salt2"])
 def latents_kernel(
-    partial_ptr, keys_ptr, parameters_ptr, z1_ptr, z2_ptr, narrow_z1_ptr, terms_ptr, encoded_ptr, posterior_ptr,
-    decoded_ptr, T, stride, salt0, salt1, salt2, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
+    partial_ptr, keys_ptr, parameters_ptr, latents_ptr, units_ptr, terms_ptr, T, D, stride, salt0, salt1, salt2, c_kl1,
+    c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
     R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
     DEPTH: tl.constexpr, CONCAT: tl.constexpr, WORDS: tl.constexpr, ENCODER_THRESHOLD: tl.constexpr,
     ENCODER_P: tl.constexpr, DECODER_FIRST: tl.constexpr, DECODER_THRESHOLD: tl.constexpr, DECODER_P: tl.constexpr,
-    NUM_SMALL: tl.constexpr, G: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """From the trunks' products, each (G, ...): z1, z2 (T, R), z1 again in x's dtype; of terms (5, T) the loss without
-    its nll, kl_z1, z1_sq, z2_sq in rows 0 and 2 to 4; encoded (T, 2H), the trunks' hidden units; posterior (T, 4, R):
-    mean and log-variance before its clamp, of both encoders; decoded (DEPTH, T, W), the decoder's hidden units."""
+    """From the trunks' products, each (G, ...). Latents: z1, z2 (T, R), encoded (T, 2H), the trunks' hidden units,
+    posterior (T, 4, R), mean and log-variance before its clamp, of both encoders. Units, in x's dtype: z1 (T, R) again,
+    decoded (DEPTH, T, W), the decoder's hidden units. Of terms (5, T) the loss without its nll, kl_z1, z1_sq, z2_sq in
+    rows 0 and 2 to 4."""
     of = tl.program_id(0) % G
     block = tl.program_id(0) // G
     salt = tl.where(of == 0, salt0.to(tl.int64), tl.where(of == 1, salt1.to(tl.int64), salt2.to(tl.int64)))
-    small = parameters_ptr + of * stride + (stride - NUM_SMALL)
+    small = parameters_ptr + of * stride + 2 * D
     first = of * T.to(tl.int64)
     partial_ptr += first * (2 * H)
-    z1_ptr += first * R
-    z2_ptr += first * R
-    narrow_z1_ptr += first * R
     terms_ptr += first * 5
-    encoded_ptr += first * (2 * H)
-    posterior_ptr += first * (4 * R)
-    decoded_ptr += first * (DEPTH * W)
-    ELEMENT: tl.constexpr = decoded_ptr.dtype.element_ty
+    z1_ptr, z2_ptr, encoded_ptr, posterior_ptr = latents_of(of, latents_ptr, T, R, H, G)
+    narrow_z1_ptr = units_ptr + first * R
+    decoded_ptr = units_ptr + G * R * T.to(tl.int64) + first * (DEPTH * W)
+    ELEMENT: tl.constexpr = units_ptr.dtype.element_ty
     rows = block * BT + tl.arange(0, BT)
     is_token = rows < T
     hidden_units = tl.arange(0, HB)
@@ -167,16 +170,16 @@ def latents_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def likelihood_kernel(
-    x_ptr, parameters_ptr, narrow_ptr, decoded_ptr, partial_ptr, T, D, stride, chunk, H2: tl.constexpr,
-    W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, STATS: tl.constexpr,
+    x_ptr, parameters_ptr, packed_ptr, units_ptr, partial_ptr, T, D, stride, chunk, R: tl.constexpr, H2: tl.constexpr,
+    W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, STATS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """nll over `chunk` features, from the decoder's last hidden units: partial (chunks, G, T); with STATS
     (chunks, 2, G, T), the squared error beside it."""
     of = tl.program_id(0) % G
     rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
-    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = of_adapter(
-        of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2, W, DEPTH
+    out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = decoder_of(
+        of, parameters_ptr, packed_ptr, units_ptr, T, D, stride, R, H2, W, DEPTH, G, PARTS
     )
     is_token = rows < T
     x_rows = x_ptr + rows[:, None].to(tl.int64) * D

@@ -138,13 +138,31 @@ def output(weight_ptr, bias_ptr, scale_ptr, features, is_feature, units, W: tl.c
 
 
 @triton.jit
-def of_adapter(
-    of, parameters_ptr, narrow_ptr, decoded_ptr, T, D, stride, H2: tl.constexpr, W: tl.constexpr, DEPTH: tl.constexpr
-):
+def narrow_of(packed_ptr, D, H2: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr):
+    """The output weights (G, D, W) stand behind the trunks (G, PARTS, 2H, D)."""
+    return packed_ptr + G * PARTS * H2 * D
+
+
+@triton.jit
+def decoder_of(
+    of, parameters_ptr, packed_ptr, units_ptr, T, D, stride, R: tl.constexpr, H2: tl.constexpr, W: tl.constexpr,
+    DEPTH: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Of an adapter: output weight in x's dtype (D, W), bias and scale (D), the decoder's last hidden units (T, W)."""
-    bias = parameters_ptr + of * stride + D * (H2 + W)
-    last = decoded_ptr + (of * DEPTH + DEPTH - 1) * T.to(tl.int64) * W
-    return narrow_ptr + of * (D * W), bias, bias + D, last
+    bias = parameters_ptr + of * stride
+    last = units_ptr + (G * R + (of * DEPTH + DEPTH - 1) * W) * T.to(tl.int64)
+    return narrow_of(packed_ptr, D, H2, G, PARTS) + of * (D * W), bias, bias + D, last
+
+
+@triton.jit
+def latents_of(of, latents_ptr, T, R: tl.constexpr, H: tl.constexpr, G: tl.constexpr):
+    """Of an adapter z1, z2 (T, R), encoded (T, 2H), posterior (T, 4, R): for all adapters they stand in this order."""
+    T = T.to(tl.int64)
+    z1 = latents_ptr + of * T * R
+    z2 = z1 + G * T * R
+    encoded = latents_ptr + (2 * G * R + of * 2 * H) * T
+    posterior = latents_ptr + (2 * G * (R + H) + of * 4 * R) * T
+    return z1, z2, encoded, posterior
 
 
 @triton.jit
