@@ -110,7 +110,7 @@ class _FusedVAE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_z1, d_loss, *_):  # type: ignore[override]
         state = State(*ctx.saved_tensors)
-        shape = (1, len(state.x), ctx.run.call.spec.r)
+        shape = (1, ctx.run.num_tokens, ctx.run.call.spec.r)
         d_rows = state.latents.new_empty(shape)
         d_rows = d_rows.zero_() if d_z1 is None else d_rows.copy_(d_z1.reshape(shape))
         d_x, of_parameters = ctx.run.backward(state, d_rows, [d_loss], ctx.needs_input_grad[1])
@@ -129,26 +129,25 @@ class _FusedUpdates(torch.autograd.Function):
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         outputs = [
-            torch.addmm(base.reshape(len(state.x), -1), z1, up.t(), alpha=call.scaling).view(base.shape)
+            torch.addmm(base.reshape(run.num_tokens, -1), z1, up.t()).view(base.shape)
             for base, (z1, up) in zip(bases, run.updates_of(state, ctx.up_shapes), strict=True)
         ]
-        return *outputs, *(of.view(leading) for of in loss), *statistics
+        return *outputs, *(of.view(leading) for of in loss.unbind(0)), *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # type: ignore[override]
         run, state, number = ctx.run, State(*ctx.saved_tensors), len(ctx.up_shapes)
         d_outputs, d_losses = gradients[:number], gradients[number : 2 * number]
-        d_z1 = state.latents.new_empty((number, len(state.x), run.call.spec.r))
+        d_z1 = state.latents.new_empty((number, run.num_tokens, run.call.spec.r))
         d_ups: list[Tensor | None] = [None] * number
         for i, (d_output, (z1, up)) in enumerate(zip(d_outputs, run.updates_of(state, ctx.up_shapes), strict=True)):
             if d_output is None:
                 d_z1[i] = 0
                 continue
-            d_rows = d_output.reshape(len(state.x), -1)
+            d_rows = d_output.reshape(run.num_tokens, -1)
             wide_product(d_rows, up, d_z1[i])
-            d_up = wide_product(d_rows.t(), z1, state.latents.new_empty(up.shape))
-            d_ups[i] = d_up if run.call.scaling == 1 else d_up.mul_(run.call.scaling)
+            d_ups[i] = wide_product(d_rows.t(), z1, state.latents.new_empty(up.shape))
         d_x, of_parameters = run.backward(state, d_z1, d_losses, ctx.needs_input_grad[1])
         return None, d_x, None, *d_outputs, *of_parameters, *d_ups
 
@@ -161,7 +160,7 @@ class State(NamedTuple):
         parameters: fp32 (G, ...), but for the wide weights.
         packed: these in x's dtype, see `vae_triton`; the up-projections (O, R) behind all others.
         latents: fp32; z1, z2 (G, T, R each), the trunks' hidden units (G, T, 2H), the posterior (G, T, 4, R).
-        units: in x's dtype; z1 (G, T, R) again, the decoder's hidden units (G, DEPTH, T, W).
+        units: in x's dtype; scaling * z1 (G, T, R), the decoder's hidden units (G, DEPTH, T, W).
     """
 
     x: Tensor
@@ -190,10 +189,14 @@ class _Run:
         return state.latents[-last:].view(self.number, self.num_tokens, 4, self.call.spec.r)
 
     def updates_of(self, state: State, shapes: Sequence[torch.Size]) -> list[tuple[Tensor, Tensor]]:
-        """Of each adapter z1 (T, R) and its up-projection (O, R), in x's dtype."""
-        ups = state.packed[self.number * self.plan.num_packed :].split([shape.numel() for shape in shapes])
-        z1s = self._first(state.units, self.call.spec.r)
-        return [(z1, up.view(shape)) for z1, up, shape in zip(z1s, ups, shapes, strict=True)]
+        """Of each adapter scaling * z1 (T, R) and its up-projection (O, R), in x's dtype."""
+        r, num_tokens, at = self.call.spec.r, self.num_tokens, self.number * self.plan.num_packed
+        found = []
+        for i, shape in enumerate(shapes):  # one operation for each view
+            z1 = state.units.as_strided((num_tokens, r), (r, 1), i * num_tokens * r)
+            found.append((z1, state.packed.as_strided(shape, (r, 1), at)))
+            at += shape.numel()
+        return found
 
     def _first(self, buffer: Tensor, width: int) -> Tensor:
         shape = (self.number, self.num_tokens, width)
@@ -239,22 +242,22 @@ class _Run:
             salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
             plan.latents(
                 stream, products, keys, state.parameters, state.latents, state.units, terms, num_tokens, features,
-                plan.stride, *salts, *c[1:], spec.prior_mean, spec.prior_std,
+                plan.stride, *salts, float(call.scaling), *c[1:], spec.prior_mean, spec.prior_std,
                 kind=(keys.data_ptr() % 16, *(-(2**31) <= salt < 2**31 for salt in salts)),
             )  # fmt: skip
             decoder = (state.x, state.parameters, state.packed, state.units)
-            sizes = (num_tokens, features, plan.stride, plan.likelihood_chunk)
+            sizes = (num_tokens, features, plan.stride, plan.likelihood_chunk, c.nll)
             if call.with_statistics:
                 sums = wide((plan.likelihood_chunks, 2, number, num_tokens))
-                plan.likelihood_with_statistics(stream, *decoder, sums, *sizes)
+                plan.likelihood_with_statistics(stream, *decoder, terms, sums, *sizes)
                 nll, squared_error = _total(sums).unbind(0)
                 loss = torch.add(terms[:, 0], nll, alpha=c.nll)
                 terms[:, 0], terms[:, 1] = loss, nll
                 statistics = terms, self.posterior_of(state), squared_error
             elif call.with_loss:
                 sums = wide((plan.likelihood_chunks, number, num_tokens))
-                plan.likelihood(stream, *decoder, sums, *sizes)
-                loss = torch.add(terms[:, 0], _total(sums), alpha=c.nll)
+                plan.likelihood(stream, *decoder, terms, sums, *sizes)
+                loss = _total(sums)
             else:
                 loss = terms[:, 0]
         return state, loss, statistics

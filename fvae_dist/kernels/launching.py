@@ -123,7 +123,7 @@ class Launch:
 
 def stream_of(device: torch.device) -> int | None:
     """The current stream there, as Triton takes it."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
 
 
 def alignment_of(tensors: Iterable[Tensor]) -> tuple[bool, ...]:

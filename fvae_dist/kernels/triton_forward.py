@@ -82,8 +82,8 @@ def encode_kernel(
 
 @triton.jit(do_not_specialize=["T", "salt0", "salt1", "salt2"])
 def latents_kernel(
-    partial_ptr, keys_ptr, parameters_ptr, latents_ptr, units_ptr, terms_ptr, T, D, stride, salt0, salt1, salt2, c_kl1,
-    c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
+    partial_ptr, keys_ptr, parameters_ptr, latents_ptr, units_ptr, terms_ptr, T, D, stride, salt0, salt1, salt2,
+    scaling, c_kl1, c_kl2, c_z1, c_z2, c_0, prior_mean, prior_std,
     R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr,
     DEPTH: tl.constexpr, CONCAT: tl.constexpr, WORDS: tl.constexpr, ENCODER_THRESHOLD: tl.constexpr,
     ENCODER_P: tl.constexpr, DECODER_FIRST: tl.constexpr, DECODER_THRESHOLD: tl.constexpr, DECODER_P: tl.constexpr,
@@ -91,9 +91,9 @@ def latents_kernel(
     HEAD_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """From the trunks' products, each (G, ...). Latents: z1, z2 (T, R), encoded (T, 2H), the trunks' hidden units,
-    posterior (T, 4, R), mean and log-variance before its clamp, of both encoders. Units, in x's dtype: z1 (T, R) again,
-    decoded (DEPTH, T, W), the decoder's hidden units. Of terms (5, T) the loss without its nll, kl_z1, z1_sq, z2_sq in
-    rows 0 and 2 to 4."""
+    posterior (T, 4, R), mean and log-variance before its clamp, of both encoders. Units, in x's dtype: scaling * z1
+    (T, R), decoded (DEPTH, T, W), the decoder's hidden units. Of terms (5, T) the loss without its nll, kl_z1, z1_sq,
+    z2_sq in rows 0 and 2 to 4."""
     of = tl.program_id(0) % G
     block = tl.program_id(0) // G
     salt = tl.where(of == 0, salt0.to(tl.int64), tl.where(of == 1, salt1.to(tl.int64), salt2.to(tl.int64)))
@@ -139,7 +139,7 @@ def latents_kernel(
     z2 = tl.where(is_latent, mean2 + std2 * eps2, 0.0)
     at = rows[:, None].to(tl.int64) * R + latent[None, :]
     tl.store(z1_ptr + at, z1, mask=is_z)
-    tl.store(narrow_z1_ptr + at, cast(z1, ELEMENT, INTERPRETED), mask=is_z)
+    tl.store(narrow_z1_ptr + at, cast(z1 * scaling, ELEMENT, INTERPRETED), mask=is_z)
     tl.store(z2_ptr + at, z2, mask=is_z)
     kl1 = 0.5 * tl.sum(tl.where(is_latent, mean1 * mean1 + std1 * std1 - 1 - logvar1, 0.0), 1)
     ratio = logvar2 - 2 * tl.log(prior_std)
@@ -170,12 +170,12 @@ def latents_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def likelihood_kernel(
-    x_ptr, parameters_ptr, packed_ptr, units_ptr, partial_ptr, T, D, stride, chunk, R: tl.constexpr, H2: tl.constexpr,
-    W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, STATS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, parameters_ptr, packed_ptr, units_ptr, terms_ptr, partial_ptr, T, D, stride, chunk, c_nll, R: tl.constexpr,
+    H2: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
+    STATS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """nll over `chunk` features, from the decoder's last hidden units: partial (chunks, G, T); with STATS
-    (chunks, 2, G, T), the squared error beside it."""
+    """From the decoder's last hidden units, over `chunk` features: partial sums of the loss (chunks, G, T), the first
+    of them with the rest of it from terms; with STATS (chunks, 2, G, T), of the nll and of the squared error."""
     of = tl.program_id(0) % G
     rows = tl.program_id(0) // G * BT + tl.arange(0, BT)
     out_weight_ptr, out_bias_ptr, scale_ptr, last_ptr = decoder_of(
@@ -208,4 +208,7 @@ def likelihood_kernel(
         tl.store(out, nll, mask=is_token)
         tl.store(out + G * T.to(tl.int64), tl.sum(errors, 1), mask=is_token)
     else:
-        tl.store(partial_ptr + (tl.program_id(1) * G + of) * T.to(tl.int64) + rows, nll, mask=is_token)
+        is_first = is_token & (tl.program_id(1) == 0)
+        rest = tl.load(terms_ptr + of * 5 * T.to(tl.int64) + rows, mask=is_first, other=0.0)
+        out = partial_ptr + (tl.program_id(1) * G + of) * T.to(tl.int64) + rows
+        tl.store(out, c_nll * nll + rest, mask=is_token)
