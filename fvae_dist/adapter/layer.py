@@ -71,7 +71,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
         # Layers after this one that read the same input, what one before it has computed for it, and whether ZeRO-3
         # leaves its adapters whole; see `together`.
         self.followers: tuple[FVAELinear, ...] = ()
-        self.ahead: together.Ahead | None = None
+        self.inbox = together.Inbox()
         self.stays_whole = False
         # The base layer's own parameters while merged ones stand in for them.
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None

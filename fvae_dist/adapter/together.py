@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fvae_dist.adapter import side_loss
@@ -35,6 +34,17 @@ class Ahead(NamedTuple):
     side: tuple[Tensor, ...]
 
 
+class Inbox:
+    """Where a layer finds what is ahead. An object of its own: nn.Module is slow to set an attribute."""
+
+    def __init__(self) -> None:
+        self.ahead: Ahead | None = None
+
+    def take(self) -> Ahead | None:
+        ahead, self.ahead = self.ahead, None
+        return ahead
+
+
 class Member(NamedTuple):
     """A layer, the one adapter that trains there, and its parts."""
 
@@ -56,14 +66,14 @@ def followers_of(block: nn.Module, name: str, kind: type) -> tuple[Any, ...]:
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
     """The training forward of a layer for x (..., D), with its base; None where it is not computed in this way."""
-    ahead, layer.ahead = layer.ahead, None
+    ahead = layer.inbox.take()
     if ahead is not None and ahead.x is x:
         ahead.run.report(ahead.output, *ahead.side)
         return ahead.output
     leader = _member(layer)
     if leader is None:
         return None
-    dtype, device_type = layer.compute_dtype(leader.name, x), x.device.type
+    dtype = layer.compute_dtype(leader.name, x)
     narrow = x.to(dtype)
     if not leader.vae.is_fused(narrow):
         return None
@@ -74,10 +84,9 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return layer.update(leader.name, x, bases[0])
     ticket, num_tokens = draw_ticket(), x.numel() // x.shape[-1]
     runs = [side_loss.LayerForward(m.layer, m.name, num_tokens, ticket + i) for i, m in enumerate(members)]
-    with torch.autocast(device_type, enabled=False):
-        outputs, sides = _updates(members, narrow, bases, runs)
+    outputs, sides = _updates(members, narrow, bases, runs)
     for member, output, run, side in list(zip(members, outputs, runs, sides))[1:]:
-        member.layer.ahead = Ahead(x, output, run, side)
+        member.layer.inbox.ahead = Ahead(x, output, run, side)
     runs[0].report(outputs[0], *sides[0])
     return outputs[0]
 
