@@ -73,7 +73,7 @@ class FVAELoraConfig(PeftConfig):
     )
     detach_input: bool = _field(False, "Stop the side loss's gradient into the layer's input.")
     kernel: Literal["auto", "torch", "fused"] = _field(
-        "auto", "torch, or fused (Triton, on a GPU); auto: torch, for now."
+        "auto", "torch, or fused (Triton, on a GPU); auto: fused for bf16 on a GPU where it can, else torch."
     )
     inference_only: bool = _field(False, "Encoder 1 and B alone, as saved for use without training.")
 

@@ -126,7 +126,7 @@ def _member(layer: Any) -> Member | None:
     # Past nn.Module's __getattr__, which is slow.
     (name,), parts = names, layer._modules
     vae = parts["fvae_vae"]._modules.get(name)
-    if vae is None or not vae.training or vae.config.kernel != "fused" or vae.config.inference_only:
+    if vae is None or not vae.training or vae.config.kernel == "torch" or vae.config.inference_only:
         return None
     up = parts["fvae_lora_B"]._modules[name]._parameters["weight"]
     if hasattr(up, "ds_id") and not layer.stays_whole:

@@ -190,8 +190,8 @@ def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 @lru_cache
-def _log_fused() -> None:
-    logger.info("adapter kernel: fused (Triton)")
+def _log_kernel(choice: str) -> None:
+    logger.info("adapter kernel: %s", choice)
 
 
 def _fused_spec(config: FVAELoraConfig) -> tuple[Spec, str | None]:
@@ -280,16 +280,25 @@ class FactorizedVAE(Fp32Module):
         return z1, loss, *token_statistics(terms, loss, q1, q2, x, xhat)
 
     def is_fused(self, x: Tensor) -> bool:
-        """Whether the kernels compute the training forward for x: so far only where asked for. Logged once."""
-        if self.config.kernel != "fused" or not x.numel():
+        """Whether the kernels compute the training forward for x. Each choice is logged once.
+
+        `auto` takes them for bf16 on a GPU: in fp32 torch's products are exact, and the kernels' are not faster.
+
+        Raises:
+            ValueError: kernel "fused" was asked for and cannot compute this adapter for x.
+        """
+        kernel = self.config.kernel
+        if kernel == "torch" or not x.numel():
             return False
         reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
+        if kernel == "auto" and not (x.is_cuda and x.dtype == torch.bfloat16):
+            reason = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
         if reason is None and not self.encoder1.mean.weight.numel():
             reason = "ZeRO-3 gathers the adapter's weights one by one; FVAETrainerMixin makes each adapter one unit"
-        if reason:
+        if reason and kernel == "fused":
             raise ValueError(f"kernel 'fused' cannot be used: {reason}; use 'auto' or 'torch'")
-        _log_fused()
-        return True
+        _log_kernel(f"torch (auto: {reason})" if reason else "fused (Triton)")
+        return reason is None
 
     def _fused_forward(
         self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool, with_loss: bool

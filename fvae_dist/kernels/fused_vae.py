@@ -294,6 +294,7 @@ class _Run:
             # The gradient of all adapters, in which each kernel's sums have their place.
             flat, first = of_features[0], features * spec.num_of_feature
             if len(of_features) > 1:
+                flat = wide(flat.shape)
                 torch.sum(of_features[:, :, :first], 0, out=flat[:, :first])
             outer, inner = flat[:, first : first + spec.num_outer], flat[:, first + spec.num_outer :]
             if plan.sums_fit:

@@ -156,12 +156,13 @@ def latents_kernel(
     decoded = decoded_ptr + rows[:, None].to(tl.int64) * W + units[None, :]
     is_hidden = is_token[:, None] & (units < W)[None, :]
     decoder = small + 2 * H + 4 * R * (H + 1)
-    hidden = fuse(z1, z2, decoder, R, RB, W, WB, CONCAT, PRECISION, INTERPRETED)
+    # Rounded to 10 bits, too many units would switch at their ReLU.
+    hidden = fuse(z1, z2, decoder, R, RB, W, WB, CONCAT, HEAD_PRECISION, INTERPRETED)
     hidden = activate(hidden, keys, salt, WB, DECODER_FIRST, R, WORDS, DECODER_THRESHOLD, DECODER_P)
     tl.store(decoded, cast(hidden, ELEMENT, INTERPRETED), mask=is_hidden)
     decoder += (2 * R if CONCAT else R) * W + W
     for depth in tl.static_range(1, DEPTH):
-        hidden = inner(hidden, decoder, W, WB, PRECISION, INTERPRETED)
+        hidden = inner(hidden, decoder, W, WB, HEAD_PRECISION, INTERPRETED)
         hidden = activate(hidden, keys, salt, WB, DECODER_FIRST + depth * W, R, WORDS, DECODER_THRESHOLD, DECODER_P)
         decoder += W * W + W
         decoded += T.to(tl.int64) * W

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from tests.distributed.layouts import LAYOUTS, one_process
+from tests.distributed.resident import FUSED
 from tests.distributed.resident import LAYOUTS as RESIDENT_LAYOUTS
 from tests.distributed.tiny import rows, write_large_model, write_model
 
@@ -30,6 +31,7 @@ SCENARIOS = (
     "offload",
     "hpz",
     *(f"resident_{layout}" for layout in RESIDENT_LAYOUTS),
+    *FUSED,
     "resident_run",
     "whole_run",
     "gradient_split",

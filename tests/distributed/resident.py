@@ -1,4 +1,4 @@
-"""Scenarios of frozen weights that are gathered once: the worker's layouts and its whole run again, and what moves."""
+"""Scenarios of frozen weights that are gathered once, and of the fused kernels: the worker's layouts again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from tests.distributed import layouts
 
 LAYOUTS = ("z3_sft_full", "z3_sft_off")
+# With the fused kernels: as a unit of ZeRO-3; with resident weights, where q and v are computed at once; in DDP.
+FUSED = {"fused_z3_sft_full": {}, "fused_resident_z3_sft_full": {"resident_weights": True}, "fused_ddp_plain_full": {}}
 RESIDENT = {"resident_weights": True}
 GATHERS = {"all_gather": 0, "all_gather_into_tensor": 0, "allgather_fn": 0}  # position of what is filled
 
@@ -49,6 +51,13 @@ def one_step(run_class: Any, folder: Path, layout: str) -> dict[str, Any]:
     """A layout's step with resident weights, the gradients of task and side loss apart in one of them."""
     arguments = RESIDENT | ({"gradient_split_every": 1} if layout == "z3_sft_off" else {})
     return run_class(folder, f"resident_{layout}", **layouts.settings(layout), trainer_arguments=arguments).train()
+
+
+def fused_step(run_class: Any, folder: Path, name: str) -> dict[str, Any]:
+    """A layout's step with the fused kernels, on a CPU in Triton's interpreter."""
+    layout = name.removeprefix("fused_").removeprefix("resident_")
+    changes = {"adapter": {"kernel": "fused"}, "trainer_arguments": FUSED[name]}
+    return run_class(folder, name, **layouts.settings(layout) | changes).train()
 
 
 def whole_run(run_class: Any, folder: Path) -> dict[str, Any]:
@@ -94,5 +103,6 @@ def whole_run(run_class: Any, folder: Path) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     **{f"resident_{layout}": lambda run, folder, of=layout: one_step(run, folder, of) for layout in LAYOUTS},
+    **{name: lambda run, folder, of=name: fused_step(run, folder, of) for name in FUSED},
     "resident_run": whole_run,
 }

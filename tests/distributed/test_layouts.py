@@ -14,7 +14,8 @@ from tests.distributed.tiny import attach, load, pad_rows, rows
 pytestmark = pytest.mark.distributed
 
 RTOL = 1e-5  # fp32: sums over tokens and ranks are added in another order
-LAYOUTS = [*layouts.LAYOUTS, "offload", "hpz", *(f"resident_{layout}" for layout in resident.LAYOUTS)]
+RESIDENT = [f"resident_{layout}" for layout in resident.LAYOUTS]
+LAYOUTS = [*layouts.LAYOUTS, "offload", "hpz", *RESIDENT, *resident.FUSED]
 
 
 @pytest.fixture(scope="module")

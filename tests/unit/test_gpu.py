@@ -128,6 +128,7 @@ def test_packed_flash_attention_equals_separate_documents():
         (2048, 4096, {}),
         (8192, 4096, {}),
         (500, 14336, {}),
+        (500, 256, {}),  # sums over tokens in chunks
         (125, 520, {"r": 4, "encoder_hidden": 4, "decoder_layers": 1}),
         (125, 520, {"r": 8, "encoder_hidden": 8, "decoder_layers": 2, "latent_fusion": "average"}),
         (300, 1024, {"r": 64, "encoder_hidden": 64}),

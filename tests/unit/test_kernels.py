@@ -37,6 +37,7 @@ OBJECTIVES = ("official", "paper", "vae2lat", "beta_vae2lat")
     [
         (1, 40, {}),
         (3, 70, {"encoder_hidden": 5, "decoder_hidden": 20, "decoder_layers": 3}),
+        (50, 16, {}),  # sums over tokens in two chunks
         (125, 33, {"decoder_layers": 1, "latent_fusion": "average"}),
         (37, 96, {"r": 16, "encoder_hidden": 16, "decoder_hidden": 128, "decoder_layers": 3}),
         (20, 64, {"r": 40, "encoder_hidden": 36, "decoder_layers": 3}),
@@ -220,14 +221,19 @@ def test_cpu_is_refused_unless_interpreted(monkeypatch):
     fused_vae.problem.cache_clear()
 
 
-def test_choice_is_logged_once(caplog):
-    vae_module._log_fused.cache_clear()
+def test_each_choice_is_logged_once(caplog):
+    vae_module._log_kernel.cache_clear()
     module = make(16, kernel="fused")
     with caplog.at_level(logging.INFO, logger="fvae_dist"):
         module(torch.randn(3, 16))
         module(torch.randn(3, 16))
-        make(16, kernel="auto")(torch.randn(3, 16))
-    assert [record.getMessage() for record in caplog.records] == ["adapter kernel: fused (Triton)"]
+        for _ in range(2):
+            make(16, kernel="auto")(torch.randn(3, 16))
+        make(16, kernel="torch")(torch.randn(3, 16))
+    assert [record.getMessage() for record in caplog.records] == [
+        "adapter kernel: fused (Triton)",
+        "adapter kernel: torch (auto: float32 on cpu)",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- what the compiler makes
