@@ -24,6 +24,7 @@ from fvae_dist.training.throughput import utilisation
 
 logger = logging.getLogger(__name__)
 ESTIMATE_TOLERANCE = 0.15
+PROFILE_AFTER = 3  # steps that are slower: allocator, autotuning, DeepSpeed's trace
 _RENAMED = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/lr"}
 
 
@@ -105,6 +106,45 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+class ProfileTrace(TrainerCallback):
+    """Traces `num_steps` steps of this run, after the first PROFILE_AFTER, on rank 0 into `folder`."""
+
+    def __init__(self, folder: Path, num_steps: int):
+        self.folder, self.num_steps = folder, num_steps
+        self.begun = 0
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun += 1
+        if self.begun == PROFILE_AFTER + 1 and state.is_world_process_zero:
+            on_gpu = [torch.profiler.ProfilerActivity.CUDA] if args.device.type == "cuda" else []
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *on_gpu])
+            self.profiler.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.begun == PROFILE_AFTER + self.num_steps:
+            self._write(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if 0 < self.begun <= PROFILE_AFTER and state.is_world_process_zero:
+            logger.warning("logging.profile: nothing traced, the run ended within its first %d steps", PROFILE_AFTER)
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        profiler, self.profiler = self.profiler, None
+        if profiler is None:
+            return
+        profiler.stop()
+        path = self.folder / f"step{state.global_step}.json.gz"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+        except OSError as error:  # a full disk must not end the run
+            logger.warning("logging.profile: not written to %s: %s", path, error)
+        else:
+            logger.info("profile written to %s", path)
 
 
 class ProgressLine(TrainerCallback):

@@ -135,13 +135,13 @@ class TrainingSection(_Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0: no clipping.")
     recompute: Literal["auto", "none", "selective", "full"] = Field(
-        "full",
+        "auto",
         description="What of each decoder layer the backward pass computes again: nothing, all but attention (not "
         "under ZeRO-3), or all. auto: the least that fits by the planner's estimate; full where the device's memory is "
         "not known (CPU).",
     )
     resident_weights: Literal["auto"] | bool = Field(
-        False,
+        "auto",
         description="Under ZeRO-3 gather the frozen weights once and keep them whole on every GPU, instead of in every "
         "pass. auto: where they fit by the planner's estimate; false where the device's memory is not known (CPU).",
     )
@@ -149,7 +149,7 @@ class TrainingSection(_Section):
         "all", description="Tokens that count in the side loss: all real ones, or only those with a task-loss label."
     )
     use_liger_kernel: Literal["auto"] | bool = Field(
-        False, description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
+        "auto", description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
     )
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
         "steps", description="When checkpoints are written."
@@ -210,6 +210,12 @@ class LoggingSection(_Section):
         0,
         ge=0,
         description="Every N steps log gradient norms of task and side loss apart (such a step costs 3).",
+    )
+    profile: int = Field(
+        0,
+        ge=0,
+        description="Trace so many steps with torch's profiler, after this run's first three, to "
+        "OUTPUT_DIR/profile/stepN.json.gz (for chrome://tracing or Perfetto); they are slower.",
     )
     peak_tflops: float | None = Field(
         None, gt=0, description="Peak of one device in TFLOP/s for MFU; default: known from its name (H100/H200: 989)."

@@ -16,7 +16,14 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from fvae_dist.training.callbacks import EstimateCheck, PerformanceLogs, ProgressLine, StartupChecks, TensorBoardLogs
+from fvae_dist.training.callbacks import (
+    EstimateCheck,
+    PerformanceLogs,
+    ProfileTrace,
+    ProgressLine,
+    StartupChecks,
+    TensorBoardLogs,
+)
 from fvae_dist.training.card import write_model_card
 from fvae_dist.training.checkpoint_files import remove_leftovers
 from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
@@ -269,9 +276,11 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
     trainer.add_callback(ProgressLine())
     if recipe.training.stall_timeout_s:
         trainer.add_callback(StallWatchdog(recipe.training.stall_timeout_s))
+    output_dir = Path(recipe.training.output_dir)
+    if recipe.logging.profile:
+        trainer.add_callback(ProfileTrace(output_dir / "profile", recipe.logging.profile))
     if recipe.logging.tensorboard:
-        folder = Path(recipe.training.output_dir) / "tensorboard"
-        trainer.add_callback(TensorBoardLogs(trainer, folder, recipe.logging.histograms))
+        trainer.add_callback(TensorBoardLogs(trainer, output_dir / "tensorboard", recipe.logging.histograms))
     return trainer
 
 

@@ -1,5 +1,8 @@
-"""Callbacks: checks and noise at the start, utilisation and memory, the progress line, TensorBoard's tags."""
+"""Callbacks: checks and noise at the start, utilisation and memory, profiles, the progress line, TensorBoard's tags."""
 
+import gzip
+import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -10,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerControl, TrainerState
 
 from fvae_dist.training.callbacks import (
+    PROFILE_AFTER,
     PerformanceLogs,
+    ProfileTrace,
     ProgressLine,
     StartupChecks,
     TensorBoardLogs,
@@ -195,3 +200,43 @@ def test_tensorboard_folder_removed_in_mid_run_costs_points_alone(tmp_path, capl
     events.Reload()
     assert [event.step for event in events.Scalars("loss/task")] == [5, 6]
     assert caplog.text.count("tensorboard: not written") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ profiling
+
+
+def run_steps(callback: ProfileTrace, count: int, rank: int = 0) -> None:
+    args = SimpleNamespace(device=torch.device("cpu"))
+    for step in range(count):
+        callback.on_step_begin(args, state(step, rank), TrainerControl())
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(3).sum()
+        callback.on_step_end(args, state(step + 1, rank), TrainerControl())
+    callback.on_train_end(args, state(count, rank), TrainerControl())
+
+
+def test_profile_holds_the_steps_asked_for(tmp_path):
+    run_steps(ProfileTrace(tmp_path / "profile", 2), PROFILE_AFTER + 4)
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == f"step{PROFILE_AFTER + 2}.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert {name for name in names if name and name.startswith("step ")} == {
+        f"step {PROFILE_AFTER + i}" for i in (0, 1)
+    }
+    assert "aten::sum" in names
+
+
+def test_profile_of_a_run_that_ends_early(tmp_path, caplog):
+    run_steps(ProfileTrace(tmp_path / "cut", 9), PROFILE_AFTER + 2)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [f"step{PROFILE_AFTER + 2}.json.gz"]
+    with caplog.at_level(logging.WARNING):
+        run_steps(ProfileTrace(tmp_path / "none", 1), PROFILE_AFTER)
+    assert "nothing traced" in caplog.text and not (tmp_path / "none").exists()
+
+
+def test_profile_is_of_the_first_rank_alone_and_no_error_ends_a_run(tmp_path, caplog):
+    run_steps(ProfileTrace(tmp_path / "other", 1), PROFILE_AFTER + 2, rank=1)
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "file").write_text("")
+    run_steps(ProfileTrace(tmp_path / "file" / "profile", 1), PROFILE_AFTER + 2)
+    assert "logging.profile: not written" in caplog.text
