@@ -64,6 +64,11 @@ def problem(spec: Spec, device: torch.device, dtype: torch.dtype) -> str | None:
         return "the kernels need an NVIDIA GPU of compute capability 8.0 or newer"
     if dtype not in DTYPES:
         return f"the kernels compute in bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
+    return size_problem(spec)
+
+
+def size_problem(spec: Spec) -> str | None:
+    """Why the kernels cannot be used for adapters of these sizes; None if they can."""
     for name in ("r", "encoder_hidden", "decoder_hidden"):
         if getattr(spec, name) > WIDEST:
             return f"{name} {getattr(spec, name)} is above {WIDEST}"

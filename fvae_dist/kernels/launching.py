@@ -40,8 +40,8 @@ def _num_processors(index: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; the interpreter is tested with two."""
-    return _num_processors(device.index) if device.type == "cuda" else 2
+    """Multiprocessors of a device; the interpreter is tested with two, the planner takes a Hopper's."""
+    return _num_processors(device.index) if device.type == "cuda" else 132 if device.type == "meta" else 2
 
 
 def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Plan:
     """
 
     def __init__(self, spec: Spec, dtype: torch.dtype, shape: tuple[int, int], adapters: int, device: torch.device):
-        self._spec, self._dtype, self._on_gpu = spec, dtype, device.type == "cuda"
+        self._spec, self._dtype, self._on_gpu = spec, dtype, device.type != "cpu"
         (self._num_tokens, self._features), self._adapters = shape, adapters
         self._processors = processors(device)
         features = self._features

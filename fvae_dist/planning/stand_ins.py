@@ -6,6 +6,7 @@ they save for the backward pass, and the buffers they work in, was read in their
 * flash-attn 2.8.3, csrc/flash_attn/flash_api.cpp: out and a log-sum-exp are kept; the backward accumulates dq in fp32,
   and with fewer key than query heads writes dk and dv for every query head first.
 * deepspeed 0.19.8, runtime/zero/linear.py: the input of every linear is kept, frozen or not.
+* fvae_dist.kernels: the functions themselves, but each launch only counts the bytes of its tensors.
 * liger-kernel 0.8.5, ops/rms_norm.py and ops/swiglu.py: the norm keeps its input and one fp32 a row, the gated unit its
   two factors; both overwrite what they are given.
 """
@@ -22,37 +23,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fvae_dist.adapter.vae import FactorizedVAE
+from fvae_dist.kernels import launching
+from fvae_dist.kernels.fused_vae import size_problem
+
 ATTENTION = "fvae_planner"
 # Set while a trace runs: told of each attention call, and whether attention keeps its working memory.
 _listener: Callable[[float, int], None] | None = None
 _with_working_memory = True
+# Told of the bytes that a launch of the fused kernels moves.
+_on_launch: Callable[[int], None] | None = None
 
 
 @contextmanager
 def on_meta(
-    *, keeps_linear_inputs: bool, attention_memory: bool, on_attention: Callable[[float, int], None]
+    *,
+    keeps_linear_inputs: bool,
+    attention_memory: bool,
+    fused_adapters: bool,
+    on_attention: Callable[[float, int], None],
+    on_launch: Callable[[int], None],
 ) -> Iterator[None]:
     """Inside, the stand-ins are in place.
 
     Args:
         keeps_linear_inputs: as ZeRO-3's linear does.
         attention_memory: whether attention keeps anything beside its output (else it is memory for nothing).
+        fused_adapters: whether the fused kernels compute the VAEs that they can.
+        on_launch: receives the bytes of the tensors of every launch of theirs.
         on_attention: receives the FLOPs of every forward and backward attention call, and the bytes that a forward
             leaves behind (output and log-sum-exp; 0 for a backward).
     """
-    global _listener, _with_working_memory
+    global _listener, _with_working_memory, _on_launch
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_interface)
     with ExitStack() as stack:
         # The meta device has no autocast; adapters ask for it by the device of their input.
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: False))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
+        stack.enter_context(patch.object(FactorizedVAE, "is_fused", _is_fused if fused_adapters else _is_not_fused))
+        stack.enter_context(patch.object(launching, "Launch", _Launch))
         if keeps_linear_inputs:
             stack.enter_context(patch.object(F, "linear", _zero3_linear))
-        _listener, _with_working_memory = on_attention, attention_memory
+        _listener, _with_working_memory, _on_launch = on_attention, attention_memory, on_launch
         try:
             yield
         finally:
-            _listener, _with_working_memory = None, True
+            _listener, _with_working_memory, _on_launch = None, True, None
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -90,6 +106,29 @@ class _Attention(torch.autograd.Function):
 
 def _attention_interface(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return _Attention.apply(q, k, v), None
+
+
+# ------------------------------------------------------------------------------------------------------- fused adapters
+
+
+def _is_fused(vae: Any, x: Tensor) -> bool:
+    can = vae.fused_problem is None and size_problem(vae.fused_spec) is None
+    return can and vae.config.kernel != "torch" and x.dtype == torch.bfloat16
+
+
+def _is_not_fused(vae: Any, x: Tensor) -> bool:
+    return False
+
+
+class _Launch:
+    """In the place of a plan's launches."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __call__(self, stream: None, *arguments: Any, kind: Any = None) -> None:
+        if _on_launch is not None:
+            _on_launch(sum(one.numel() * one.itemsize for one in arguments if isinstance(one, Tensor)))
 
 
 # -------------------------------------------------------------------------------------------------------------- linear

@@ -26,6 +26,7 @@ class Settings:
         sequences, length: of one micro-batch on one GPU, at its longest.
         attention: flash_attention_2, sdpa or eager.
         liger: whether Liger's layers are used.
+        fused_adapters: whether the fused kernels compute the adapters' VAEs that they can.
         trust_remote_code: for models that bring their own code.
     """
 
@@ -34,6 +35,7 @@ class Settings:
     length: int
     attention: str = "flash_attention_2"
     liger: bool = False
+    fused_adapters: bool = False
     trust_remote_code: bool = False
 
     @property
@@ -104,19 +106,24 @@ class Subject:
 
     def _trace(self, zero3: bool, shape: tuple[int, int]) -> LayerTraces:
         bare, adapted, index = self._models
+
+        def trace(model: nn.Module, **options: bool) -> LayerTrace:
+            fused = self.settings.fused_adapters
+            return _trace(model, index, shape, zero3=zero3, fused_adapters=fused, **options)
+
         if self.settings.attention != "eager":
             try:
                 return LayerTraces(
-                    bare=_trace(bare, index, shape, zero3, attention_memory=False),
-                    adapted=_trace(adapted, index, shape, zero3, attention_memory=False),
-                    whole=_trace(adapted, index, shape, zero3),
+                    bare=trace(bare, attention_memory=False),
+                    adapted=trace(adapted, attention_memory=False),
+                    whole=trace(adapted),
                     is_eager=False,
                 )
             except Exception:  # an architecture with attention of its own, which needs a mask
                 pass
         try:
-            without = _trace(bare, index, shape, zero3, eager_attention=True)
-            whole = _trace(adapted, index, shape, zero3, eager_attention=True)
+            without = trace(bare, eager_attention=True)
+            whole = trace(adapted, eager_attention=True)
         except Exception as error:
             name = type(adapted).__name__
             raise PlanError(f"cannot run a layer of {name} on the meta device: {error}") from error
@@ -177,10 +184,10 @@ def _build(config: PretrainedConfig, settings: Settings) -> nn.Module:
     return model.train()
 
 
-def _trace(model: nn.Module, index: int, shape: tuple[int, int], zero3: bool, **options: bool) -> LayerTrace:
+def _trace(model: nn.Module, index: int, shape: tuple[int, int], **options: bool) -> LayerTrace:
     base = base_of(model)
     holder, name = find_layers(base, base.config.get_text_config().num_hidden_layers)
-    return trace_layer(model, getattr(holder, name)[index], shape, zero3=zero3, **options)
+    return trace_layer(model, getattr(holder, name)[index], shape, **options)  # type: ignore[arg-type]
 
 
 def _numel(module: nn.Module) -> int:

@@ -91,6 +91,9 @@ class StorageTracker(TorchDispatchMode):
         self.work.kernels[Kernel(0.0, 0.0, True)] += 1
         self.attention_bytes = max(self.attention_bytes, kept_bytes)
 
+    def add_launch(self, moved_bytes: int) -> None:
+        self.work.kernels[Kernel(0.0, float(moved_bytes), True)] += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -148,6 +151,7 @@ def trace_layer(
     shape: tuple[int, int],
     *,
     zero3: bool,
+    fused_adapters: bool = False,
     eager_attention: bool = False,
     attention_memory: bool = True,
 ) -> LayerTrace:
@@ -158,13 +162,14 @@ def trace_layer(
         layer: one of its decoder layers.
         shape: sequences and tokens of each in a micro-batch.
         zero3: linears keep their inputs, as DeepSpeed's do at stage 3.
+        fused_adapters: the fused kernels compute the VAEs that they can.
         eager_attention: run the model's plain attention, with its T^2 scores, instead of flash attention's stand-in.
         attention_memory: False leaves out what the stand-in keeps and works in.
 
     Raises:
         Exception: of any kind, from a model that the meta device cannot run.
     """
-    run = _Run(model, layer, shape, zero3, eager_attention, attention_memory)
+    run = _Run(model, layer, shape, zero3, fused_adapters, eager_attention, attention_memory)
     once, twice = run(1), run(2)
     return LayerTrace(
         input_bytes=once.input_bytes,
@@ -198,13 +203,19 @@ class _Run:
         layer: nn.Module,
         shape: tuple[int, int],
         zero3: bool,
+        fused_adapters: bool,
         eager_attention: bool,
         attention_memory: bool,
     ):
         base = base_of(model)
         self.model, self.backbone, self.layer, self.shape = model, base.base_model, layer, shape
         self.holder, self.name = find_layers(base, base.config.get_text_config().num_hidden_layers)
-        self.zero3, self.eager, self.attention_memory = zero3, eager_attention, attention_memory
+        self.zero3, self.fused, self.eager, self.attention_memory = (
+            zero3,
+            fused_adapters,
+            eager_attention,
+            attention_memory,
+        )
 
     def __call__(self, times: int) -> _Counts:
         all_layers = getattr(self.holder, self.name)
@@ -219,7 +230,9 @@ class _Run:
                 on_meta(
                     keeps_linear_inputs=self.zero3,
                     attention_memory=self.attention_memory,
+                    fused_adapters=self.fused,
                     on_attention=tracker.add_attention,
+                    on_launch=tracker.add_launch,
                 ),
                 tracker,
             ):

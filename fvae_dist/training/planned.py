@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.utils.import_utils import is_triton_available
 
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.subject import Settings, Subject, describe
@@ -35,6 +36,7 @@ def subject_of(
         length=recipe.data.max_length,
         attention=attention or planned_attention(recipe),
         liger=planned_liger(recipe, config) if liger is None else liger,
+        fused_adapters=training.use_cpu is not True and section.dtype == "bfloat16" and is_triton_available(),
         trust_remote_code=section.trust_remote_code,
     )
 

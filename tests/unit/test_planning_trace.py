@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fvae_dist.adapter import side_loss
 from fvae_dist.adapter.noise import TokenNoise
+from fvae_dist.kernels import launching
 from fvae_dist.planning.hardware import PlanError
 from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.planning.subject import Settings
@@ -43,13 +44,26 @@ def test_llama_layer_computes_what_its_formula_says():
     assert trace.backward.attention_flops == pytest.approx(2.5 * trace.forward.attention_flops)
 
 
-@pytest.mark.parametrize("peft_type", ["LORA", "FVAE_LORA"])
-def test_real_autograd_keeps_as_much(peft_type):
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"peft_type": "LORA"}, "float32"),
+        ({"peft_type": "FVAE_LORA"}, "float32"),
+        ({"peft_type": "FVAE_LORA", "kernel": "fused"}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_real_autograd_keeps_as_much(settings, dtype):
     """The same model with weights, on the CPU: storages that autograd saved for one layer."""
-    adapter = {"peft_type": peft_type, "r": 4, "target_modules": TARGETS}
+    is_fused = settings.get("kernel") == "fused"
+    if is_fused and not launching.kernels().INTERPRETED:
+        pytest.skip("Triton's interpreter is off: it is for machines without a GPU")
+    adapter = settings | {"r": 4, "target_modules": TARGETS}
     config = LlamaConfig(**SIZES["tiny"])
-    traced = subject_of_config(config, adapter, Settings("float32", 2, 96, "sdpa")).traces(zero3=False)
-    model = attach_adapter(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), adapter).train()
+    planned = Settings(dtype, 2, 96, "sdpa", fused_adapters=is_fused)
+    traced = subject_of_config(config, adapter, planned).traces(zero3=False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+    model = attach_adapter(model, adapter).train()
     backbone = base_of(model).base_model
     layers = list(backbone.layers)
     kept = []
@@ -69,7 +83,8 @@ def _saved_bytes(model, backbone, shape) -> int:
             saved[storage.data_ptr()] = storage  # alive, so that its address is not used twice
         return tensor
 
-    hidden = torch.randn(*shape, backbone.config.hidden_size, requires_grad=True)
+    dtype = backbone.embed_tokens.weight.dtype
+    hidden = torch.randn(*shape, backbone.config.hidden_size, dtype=dtype, requires_grad=True)
     known.add(hidden.untyped_storage().data_ptr())
     noise = TokenNoise({"input_ids": torch.ones(shape, dtype=torch.long)}, seed=0, step=0)
     with (
