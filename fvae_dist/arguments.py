@@ -209,8 +209,7 @@ def parse_benchmark(argv: list[str] | None) -> argparse.Namespace:
     layer.add_argument("--floor", action="store_true", help="print the floor of the layer and measure no variant")
     layer.add_argument("--dim", type=_at_least(1), default=4096, metavar="D", help="in-features (default: 4096)")
     layer.add_argument("--out-dim", type=_at_least(1), metavar="O", help="out-features (default: as --dim)")
-    layer.add_argument("--reference", metavar="PATH", help="a clone of idiap/FVAE-LoRA, whose layer is measured too")
-    _add_variants(layer, ["base", "lora", "torch", "fused", "reference"])
+    _add_variants(layer)
     step = commands.add_parser("step", help="whole training steps of a Llama with random weights")
     _add_step(step)
     attention = commands.add_parser("attention", help="causal attention alone")
@@ -233,7 +232,9 @@ def parse_benchmark(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _add_variants(parser: argparse.ArgumentParser, choices: list[str]) -> None:
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    choices = ["base", "lora", "torch", "fused", "reference"]
+    parser.add_argument("--reference", metavar="PATH", help="a clone of idiap/FVAE-LoRA, whose layer is measured too")
     parser.add_argument("--variants", nargs="+", choices=choices, help="what to compare (default: all that can be)")
 
 
@@ -245,7 +246,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=["sdpa", "flash_attention_2"], default="sdpa", help="default: sdpa")
     parser.add_argument("--liger", action="store_true", help="Liger's fused norms, gated units and loss")
     parser.add_argument("--telemetry", action="store_true", help="measure FVAE's variants with the ELBO's terms too")
-    _add_variants(parser, ["base", "lora", "torch", "fused"])
+    _add_variants(parser)
     parser.add_argument("--gpus", type=_at_least(1), metavar="N", help="train on N GPUs under ZeRO-3, a run a variant")
     parser.add_argument("--steps", type=_at_least(6), default=10, metavar="N", help="--gpus: steps (default: 10)")
     parser.add_argument("--compare", choices=["trl"], help="--gpus: also TRL and PEFT LoRA at their defaults")
@@ -273,13 +274,15 @@ def _check_benchmark(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
     if args.command == "attention" and args.heads % args.kv_heads:
         parser.error(f"--heads {args.heads} is no multiple of --kv-heads {args.kv_heads}")
-    if args.command == "layer" and "reference" in (args.variants or ()) and not args.reference:
+    if args.command != "attention" and "reference" in (args.variants or ()) and not args.reference:
         parser.error("--variants reference needs --reference PATH")
     if args.command == "step":
         if args.compare and args.gpus is None:
             parser.error("--compare goes with --gpus")
         if args.gpus is not None and "base" in (args.variants or ()):
             parser.error("--variants base trains nothing, so that it does not go with --gpus")
+        if args.gpus is not None and args.reference:
+            parser.error("--reference does not go with --gpus: that code knows no ZeRO-3")
         if "all-linear" in args.targets and len(args.targets) > 1:
             parser.error("--targets: all-linear stands alone")
 

@@ -10,6 +10,9 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from fvae_dist.benchmarking.reference import build_reference_layer
+from fvae_dist.benchmarking.variants import AdapterSize
+
 
 @dataclass
 class Attached:
@@ -40,12 +43,36 @@ def attach(model: nn.Module, config: PeftConfig) -> Attached:
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
-    parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
-    attached = Attached({name: layer.train() for name, layer in layers.items()}, parameters)
-    attached.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
+    attached = _with_optimizer(layers)
     put_in_place(model, Attached(), attached)
     del model.peft_config  # or PEFT takes the next variant for a second adapter of this one
     return attached
+
+
+def attach_reference(model: nn.Module, clone: str, targets: list[str], size: AdapterSize) -> Attached:
+    """The reference code's layers around `linears_of(model, targets)`, and AdamW for them; they are not put in place.
+
+    Raises:
+        ValueError: no clone of the reference, or one that cannot be imported here.
+    """
+    linears = linears_of(model, targets)
+    return _with_optimizer({name: build_reference_layer(clone, linear, size) for name, linear in linears.items()})
+
+
+def linears_of(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    """The linears of these names, "all-linear": all but the head."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if (name != "lm_head" if targets == ["all-linear"] else name.rpartition(".")[2] in targets)
+    }
+
+
+def _with_optimizer(layers: dict[str, Any]) -> Attached:
+    parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
+    return Attached({name: layer.train() for name, layer in layers.items()}, parameters, optimizer)
 
 
 def put_in_place(model: nn.Module, wanted: Attached, present: Attached) -> None:

@@ -173,7 +173,8 @@ def _amounts(num_bytes: float, operations: float) -> dict[str, float]:
 
 def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
     several = args.gpus is not None
-    variants = args.variants or ([LORA, TORCH, FUSED] if several else [BASE, LORA, TORCH, FUSED])
+    alone = [LORA, TORCH, FUSED] if several else [BASE, LORA, TORCH, FUSED]
+    variants = args.variants or [*alone, *([REFERENCE] if args.reference else [])]
     run = StepRun(
         shape=args.shape,
         tokens=args.tokens,
@@ -188,6 +189,7 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
         dtype=dtype,
         rounds=args.rounds,
         warm_up=args.warm_up,
+        reference=args.reference,
     )
     if several:
         rows = benchmark_training(TrainingRun(run, args.gpus, args.steps, args.compare == "trl"), ceilings)
@@ -240,7 +242,7 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
     """Refuse what cannot be measured here before anything is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("start it without a launcher: step --gpus N starts the processes itself")
-    if args.command == "layer" and args.reference:
+    if args.command != "attention" and args.reference:
         try:
             source_folder(args.reference)
         except ValueError as error:

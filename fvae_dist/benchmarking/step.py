@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fvae_dist.adapter import side_loss
 from fvae_dist.adapter.noise import TokenNoise
-from fvae_dist.benchmarking.attached import Attached, attach, put_in_place
+from fvae_dist.benchmarking.attached import Attached, attach, attach_reference, put_in_place
 from fvae_dist.benchmarking.floor import Ceilings, LayerSize
 from fvae_dist.benchmarking.flops import ModelSize, size_of
+from fvae_dist.benchmarking.reference import reference_loss
 from fvae_dist.benchmarking.samples import add_times, paired_ratio
 from fvae_dist.benchmarking.timing import Measured, describe, drop_gradients, free_memory, measure_in_turn
 from fvae_dist.benchmarking.trial import config_of
-from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, TORCH, AdapterSize, autocast
+from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, REFERENCE, TORCH, AdapterSize, autocast
 
 TERMS = " +terms"  # behind a variant's name: with telemetry
 FVAE = (TORCH, FUSED)
@@ -30,7 +31,7 @@ FVAE = (TORCH, FUSED)
 
 @dataclass(frozen=True)
 class StepRun:
-    """What `step` was asked for; `recompute` lists "full" and "none"."""
+    """What `step` was asked for; `recompute` lists "full" and "none", `reference` is the path of a clone of it."""
 
     shape: str
     tokens: list[int]
@@ -45,6 +46,7 @@ class StepRun:
     dtype: torch.dtype
     rounds: int
     warm_up: int
+    reference: str | None = None
 
 
 def benchmark_step(run: StepRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
@@ -102,13 +104,20 @@ class _Bench:
         self.missing: dict[str, str] = {}
         for name in run.variants:
             try:
-                config = None if name == BASE else run.adapter.config(name, run.targets)
-                self.attached[name] = Attached() if config is None else attach(model, config)
+                self.attached[name] = self._attach(name)
             except (ValueError, RuntimeError, ImportError) as error:
                 self.missing[name] = describe(error).partition(": ")[2]
         self.names = names_of(run)
         self.in_place = Attached()
         self.step = 0
+
+    def _attach(self, name: str) -> Attached:
+        if name == BASE:
+            return Attached()
+        if name == REFERENCE:
+            assert self.run.reference is not None
+            return attach_reference(self.model, self.run.reference, self.run.targets, self.run.adapter)
+        return attach(self.model, self.run.adapter.config(name, self.run.targets))
 
     def adapted_sizes(self, name: str) -> list[tuple[int, int]]:
         """Of the linears that a variant would adapt, or adapts."""
@@ -142,14 +151,23 @@ class _Bench:
             return lambda: self._base_step(ids)
 
         def call() -> None:
-            with_terms = name.endswith(TERMS)
-            loss = self._fvae_loss(ids, with_terms) if name.removesuffix(TERMS) in FVAE else self._task_loss(ids)
-            loss.backward()
+            self._loss(name, ids).backward()
             assert attached.optimizer is not None
             attached.optimizer.step()
             attached.optimizer.zero_grad(set_to_none=True)
 
         return call
+
+    def _loss(self, name: str, ids: Tensor) -> Tensor:
+        if name.removesuffix(TERMS) in FVAE:
+            return self._fvae_loss(ids, name.endswith(TERMS))
+        if name != REFERENCE:
+            return self._task_loss(ids)
+        layers = self.attached[name].layers.values()
+        for layer in layers:
+            reference_loss(layer)  # recomputation in the step before has left one again
+        task = self._task_loss(ids)
+        return 1000 * task + torch.stack([reference_loss(layer) for layer in layers]).mean()
 
     def _task_loss(self, ids: Tensor) -> Tensor:
         with autocast(self.run.device, self.run.dtype):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
+from fvae_dist.benchmarking.attached import linears_of
 from fvae_dist.benchmarking.floor import Ceilings
 from fvae_dist.benchmarking.flops import size_of
 from fvae_dist.benchmarking.step import TERMS, StepRun, names_of, step_row
@@ -53,7 +53,8 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(run.step.shape))
-    size, adapted = size_of(model), _adapted(model, run.step.targets)
+    linears = linears_of(model, run.step.targets).values()
+    size, adapted = size_of(model), [(linear.in_features, linear.out_features) for linear in linears]
 
     def row_of(name: str, tokens: int, recompute: str) -> dict[str, Any]:
         print(f"{name}, T = {tokens}, recompute {recompute} ...", file=sys.stderr, flush=True)
@@ -69,16 +70,6 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
                 stock[tokens] = row_of(STOCK, tokens, "full")  # TRL's default, whatever ours does
             _add_ratios(rows, stock.get(tokens, {}))
             yield from [*rows, stock[tokens]] if is_new else rows
-
-
-def _adapted(model: nn.Module, targets: list[str]) -> list[tuple[int, int]]:
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted = [
-        linear
-        for name, linear in linears.items()
-        if (name != "lm_head" if targets == ["all-linear"] else name.rpartition(".")[2] in targets)
-    ]
-    return [(linear.in_features, linear.out_features) for linear in wanted]
 
 
 def _add_ratios(rows: list[dict[str, Any]], stock: dict[str, Any]) -> None:

@@ -120,6 +120,8 @@ def test_attention(tmp_path, capsys):
         (["step", "--floor"], "unrecognized arguments: --floor"),
         (["step", "--compare", "trl"], "--compare goes with --gpus"),
         (["step", "--gpus", "1", "--variants", "base"], "--variants base trains nothing"),
+        (["step", "--gpus", "1", "--reference", "x"], "--reference does not go with --gpus"),
+        (["step", "--variants", "reference"], "--variants reference needs --reference PATH"),
         (["step", "--targets", "all-linear", "q_proj"], "--targets: all-linear stands alone"),
         (["attention", "--heads", "5", "--kv-heads", "2"], "--heads 5 is no multiple of --kv-heads 2"),
     ],

@@ -2,6 +2,7 @@
 
 import builtins
 import csv
+import dataclasses
 import json
 import sys
 
@@ -17,7 +18,7 @@ from fvae_dist.benchmarking.floor import Ceilings
 from fvae_dist.benchmarking.reference import build_reference_layer, source_folder
 from fvae_dist.benchmarking.report import Axes, Column, Report
 from fvae_dist.benchmarking.samples import Spread, paired_difference, paired_ratio, spread_of
-from fvae_dist.benchmarking.step import StepRun
+from fvae_dist.benchmarking.step import StepRun, _Bench, build_model, use_checkpointing
 from fvae_dist.benchmarking.timing import Measured, measure_ceilings, measure_in_turn
 from fvae_dist.benchmarking.trial import config_of
 from fvae_dist.benchmarking.variants import AdapterSize
@@ -122,7 +123,16 @@ class FVAEPEFTLoraLayerWrapped(torch.nn.Module):
     def __init__(self, base, name, config, r, lora_alpha):
         super().__init__()
         self.base_layer, self.config, self.number = base, config, NUMBER
-        self.lora_B = torch.nn.Parameter(torch.ones(2, dtype=base.weight.dtype))
+        self.lora_B = torch.nn.Parameter(torch.ones(base.out_features, dtype=base.weight.dtype))
+        self.fvae_peft_current_elbo = 0
+
+    def get_base_layer(self):
+        return self.base_layer
+
+    def forward(self, x):
+        assert not torch.is_tensor(self.fvae_peft_current_elbo) or torch._C._current_graph_task_id() != -1
+        self.fvae_peft_current_elbo = self.lora_B.square().sum()
+        return self.base_layer(x) + self.lora_B.to(x.dtype)
 """
 
 
@@ -156,6 +166,19 @@ def test_reference_that_cannot_be_imported(tmp_path):
     with pytest.raises(ValueError, match="cannot be imported: No module named 'a_package_that_is_not_there'"):
         build_reference_layer(clone, nn.Linear(3, 2), SMALL)
     assert sys.modules["peft"] is peft
+
+
+@pytest.mark.parametrize("recompute", ["full", "none"])
+def test_steps_with_the_reference_take_its_loss_once_a_step(tmp_path, recompute):
+    changes = {"variants": ["lora", "reference"], "recompute": [recompute], "telemetry": False, "rounds": 2}
+    run = dataclasses.replace(training_run().step, **changes, reference=write_clone(tmp_path))
+    bench = _Bench(run, build_model(run))
+    use_checkpointing(bench.model, recompute == "full")
+    before = [parameter.detach().clone() for parameter in bench.attached["reference"].parameters]
+    measured = bench.measure(8)
+    assert [len(measured[name].ms) for name in ("lora", "reference")] == [2, 2], measured
+    after = bench.attached["reference"].parameters
+    assert len(after) == 4 and not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- training runs
