@@ -74,7 +74,8 @@ class Collector:
         self._explicit_mask = token_mask is not None
         self.with_terms = with_terms
         self._grad_enabled = torch.is_grad_enabled()
-        self._names = {module: name for name, module in model.named_modules() if hasattr(module, "fvae_vae")}
+        self._names: dict[nn.Module, str] = {}
+        _name_layers(model, "", self._names)
         self._entries: dict[tuple[nn.Module, str], _Entry] = {}
         self._reports: list[_Report] = []
         # Masks in the shape and dtype of the reports: reports of one forward of the model share one.
@@ -253,6 +254,17 @@ class Collector:
                 "some tokens (experts of a mixture, cross-attention) cannot be adapted with a token mask"
             )
         return mask.flatten()
+
+
+def _name_layers(module: nn.Module, name: str, names: dict[nn.Module, str]) -> None:
+    """The adapted layers in `module`, named as by named_modules, which takes 15 ms a step of an 8B model: it goes on
+    into the adapters."""
+    if "fvae_vae" in module._modules:
+        names.setdefault(module, name)
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            _name_layers(child, f"{name}.{key}" if name else key, names)
 
 
 def _is_trainable(module: nn.Module) -> bool:

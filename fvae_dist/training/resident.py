@@ -1,21 +1,25 @@
 """Frozen weights gathered once. They never change: where all of them fit a GPU, no pass needs to gather them again.
 
 The model is still loaded in shards, one reader for all ranks. After `deepspeed.initialize` every frozen weight is made
-whole and leaves ZeRO-3 for good, the shard with it. Adapters remain ZeRO-3's: sharded states, gradients reduced by its
-hooks on each parameter. They are gathered in one collective before the first forward after each step, so that nothing
-is left for the hooks on modules to do, and these are removed.
+whole and leaves ZeRO-3 for good, the shard with it. Adapters remain ZeRO-3's, with sharded states; they are gathered in
+one collective before the first forward after each step, and their gradients reduced in one after each backward (see
+`adapter_shards`), so that nothing is left for DeepSpeed's hooks to do, and these are removed.
 
 Read in deepspeed 0.19.8, runtime/zero: parameter_offload.py, stage3.py, partition_parameters.py.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from fvae_dist.adapter import FVAELinear
+from fvae_dist.training.adapter_shards import AdapterShards
+
+logger = logging.getLogger(__name__)
 
 
 def make_resident(engine: Any) -> None:
@@ -52,16 +56,27 @@ def _keep_adapters_whole(zero: Any, model: nn.Module) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     adapters: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    reason = AdapterShards.problem(zero)
+    shards = None if reason else AdapterShards(zero)
+    if shards is None:
+        logger.info("adapters are reduced and gathered by DeepSpeed, tensor by tensor: %s", reason)
+    else:
+        shards.take_over()
 
     def partition_adapters() -> None:
         """Before the optimizer's step, which writes to the shards. DeepSpeed's goes over the frozen weights too."""
-        adapters[0].partition(adapters)
+        if shards is None:
+            adapters[0].partition(adapters)
+        else:
+            shards.let_go()
 
     @torch.no_grad()
     def gather_adapters(*_: Any) -> None:
         """After a step, and after whatever gathered and let go of them, such as writing a checkpoint."""
         missing = [parameter for parameter in adapters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if missing:
+        if missing and shards is not None:
+            shards.gather()
+        elif missing:
             missing[0].all_gather_coalesced(missing).wait()
 
     zero.parameter_offload.partition_all_parameters = partition_adapters

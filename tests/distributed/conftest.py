@@ -33,6 +33,7 @@ SCENARIOS = (
     *(f"resident_{layout}" for layout in RESIDENT_LAYOUTS),
     *FUSED,
     "resident_run",
+    "resident_odd",
     "whole_run",
     "gradient_split",
     "five_steps",

@@ -60,6 +60,23 @@ def fused_step(run_class: Any, folder: Path, name: str) -> dict[str, Any]:
     return run_class(folder, name, **layouts.settings(layout) | changes).train()
 
 
+def odd_sizes(run_class: Any, folder: Path) -> dict[str, Any]:
+    """Two steps of two micro-batches with tensors that two ranks cannot share evenly, and without resident weights."""
+    adapter = {"r": 3, "encoder_hidden": 5, "decoder_hidden": 7}
+    found = {}
+    for name, arguments in (("resident", RESIDENT), ("gathered", {})):
+        settings = {"adapter": adapter, "trainer_arguments": arguments, "accumulation": 2, "steps": 2}
+        run = run_class(folder, f"odd_{name}", **settings)
+        trainer = run.build()
+        try:
+            trainer.train()
+            hooks = trainer.deepspeed.optimizer._grad_acc_hooks
+            found[name] = run.results() | {"num_hooks": len(hooks)}
+        finally:
+            run.close()
+    return found
+
+
 def whole_run(run_class: Any, folder: Path) -> dict[str, Any]:
     """The worker's `whole_run` with resident weights: checkpoints and evaluation between steps, its adapter saved."""
     arguments = {
@@ -105,4 +122,5 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     **{f"resident_{layout}": lambda run, folder, of=layout: one_step(run, folder, of) for layout in LAYOUTS},
     **{name: lambda run, folder, of=name: fused_step(run, folder, of) for name in FUSED},
     "resident_run": whole_run,
+    "resident_odd": odd_sizes,
 }

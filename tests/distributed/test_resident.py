@@ -57,3 +57,18 @@ def test_evaluation_and_generation_go_on_as_before(two_ranks):
     assert len(losses) == 4 and losses[-1] == losses[-2] == result["evaluation"]  # of step 6, twice
     assert torch.equal(result["generated"], two_ranks.result("resident_run", 1)["generated"])
     assert result["generated"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensors_that_ranks_cannot_share_evenly(two_ranks, rank):
+    """Gradients reduced and values gathered at once, padded, are those of DeepSpeed's way, tensor by tensor."""
+    found, expected = (two_ranks.result("resident_odd", rank)[name] for name in ("resident", "gathered"))
+    assert found["num_hooks"] == 0 < expected["num_hooks"]
+    assert any(value.numel() % 2 for value in expected["final"].values())
+    for name, value in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], value, rtol=0, atol=1e-5 * float(value.abs().max()))
+    for name, value in expected["final"].items():
+        torch.testing.assert_close(found["final"][name], value, rtol=0, atol=1e-6)
+        assert not torch.equal(found["start"][name], found["final"][name]), name
+    norms = [[row["grad_norm"] for row in run["log"] if "grad_norm" in row] for run in (found, expected)]
+    assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-6)
