@@ -125,9 +125,8 @@ def adapter_bytes(subject: Subject, choice: Choice, world_size: int) -> float:
         threshold = choice.size("stage3_param_persistence_threshold")
         sizes = (size for size in subject.trainable_sizes if choice.resident or size <= threshold)
         whole = sum(sizes) if world_size > 1 else 0
-        gradients = elements if choice.resident else 0  # reduced at once, after the backward
         # Shard, master copy, accumulated gradient, two moments.
-        return 4.0 * (whole + gradients) + 20.0 * elements / world_size
+        return 4.0 * whole + 20.0 * elements / world_size
     if choice.deepspeed is not None and choice.stage > 0:
         gradient = 4.0 * elements if choice.stage == 1 else 4.0 * elements / world_size
         return 4.0 * elements + gradient + 12.0 * elements / world_size  # parameter; master copy and two moments
