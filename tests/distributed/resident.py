@@ -12,8 +12,12 @@ from transformers import TrainerCallback
 from tests.distributed import layouts
 
 LAYOUTS = ("z3_sft_full", "z3_sft_off")
-# With the fused kernels: as a unit of ZeRO-3; with resident weights, where q and v are computed at once; in DDP.
-FUSED = {"fused_z3_sft_full": {}, "fused_resident_z3_sft_full": {"resident_weights": True}, "fused_ddp_plain_full": {}}
+# With the fused kernels: as a unit of ZeRO-3; with resident weights, q and v computed at once; in DDP, selectively.
+FUSED = {
+    "fused_z3_sft_full": {},
+    "fused_resident_z3_sft_full": {"resident_weights": True},
+    "fused_ddp_sft_selective": {},
+}
 RESIDENT = {"resident_weights": True}
 GATHERS = {"all_gather": 0, "all_gather_into_tensor": 0, "allgather_fn": 0}  # position of what is filled
 
