@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fvae_dist.adapter import side_loss
@@ -29,6 +30,7 @@ class Ahead(NamedTuple):
     """What an earlier layer has computed for this one."""
 
     x: Tensor
+    circumstances: tuple
     output: Tensor
     run: side_loss.LayerForward
     side: tuple[Tensor, ...]
@@ -39,6 +41,9 @@ class Inbox:
 
     def __init__(self) -> None:
         self.ahead: Ahead | None = None
+
+    def __reduce__(self) -> tuple:
+        return Inbox, ()  # a copy of the model begins without
 
     def take(self) -> Ahead | None:
         ahead, self.ahead = self.ahead, None
@@ -67,12 +72,14 @@ def followers_of(block: nn.Module, name: str, kind: type) -> tuple[Any, ...]:
 def forward(layer: Any, x: Tensor) -> Tensor | None:
     """The training forward of a layer for x (..., D), with its base; None where it is not computed in this way."""
     ahead = layer.inbox.take()
-    if ahead is not None and ahead.x is x:
-        ahead.run.report(ahead.output, *ahead.side)
-        return ahead.output
     leader = _member(layer)
     if leader is None:
         return None
+    version = 0 if x.is_inference() else x._version
+    circumstances = (leader.name, version, torch.is_grad_enabled())
+    if ahead is not None and ahead.x is x and ahead.circumstances == circumstances:
+        ahead.run.report(ahead.output, *ahead.side)
+        return ahead.output
     dtype = layer.compute_dtype(leader.name, x)
     narrow = x.to(dtype)
     if not leader.vae.is_fused(narrow):
@@ -86,7 +93,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     runs = [side_loss.LayerForward(m.layer, m.name, num_tokens, ticket + i) for i, m in enumerate(members)]
     outputs, sides = _updates(members, narrow, bases, runs)
     for member, output, run, side in list(zip(members, outputs, runs, sides))[1:]:
-        member.layer.inbox.ahead = Ahead(x, output, run, side)
+        member.layer.inbox.ahead = Ahead(x, circumstances, output, run, side)
     runs[0].report(outputs[0], *sides[0])
     return outputs[0]
 

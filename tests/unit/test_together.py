@@ -99,6 +99,25 @@ def test_a_copy_follows_its_own_layers(calls):
     assert_alike(run_block(twin, X), run_block(model, X))
 
 
+def test_what_is_ahead_counts_under_the_same_circumstances_only():
+    model = make_block(20, QKV, "fused")
+    inner = model.base_model.model
+    plain = inner.v_proj.base_layer
+    with torch.no_grad():
+        inner.q_proj(X)
+        with model.disable_adapter():
+            assert torch.equal(inner.v_proj(X), plain(X))
+        x = X.clone()
+        inner.q_proj(x)
+        stale = inner.v_proj.inbox.ahead.output
+        x += 1
+        assert not torch.allclose(inner.v_proj(x), stale)
+        inner.q_proj(x)
+        twin = copy.deepcopy(model)
+    assert twin.base_model.model.v_proj.inbox.ahead is None
+    assert inner.v_proj(x).requires_grad  # what is ahead was computed without a graph
+
+
 def test_nothing_is_kept_for_a_layer_that_is_not_called():
     model = make_block(20, QKV, "fused")
     inner = model.base_model.model
