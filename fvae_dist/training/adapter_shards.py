@@ -41,7 +41,7 @@ class AdapterShards:
         parameters = [parameter for group in zero.fp16_groups for parameter in group]
         if zero.offload_optimizer or zero.offload_param:
             return "offload"
-        if zero.zenflow or zero.use_muon:
+        if getattr(zero, "zenflow", False) or getattr(zero, "use_muon", False):
             return "an optimizer that works on whole gradients"
         if zero.postscale_gradients and zero.gradient_predivide_factor != 1.0:
             return "gradient_predivide_factor"
