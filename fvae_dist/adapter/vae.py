@@ -290,9 +290,10 @@ class FactorizedVAE(Fp32Module):
         kernel = self.config.kernel
         if kernel == "torch" or not x.numel():
             return False
-        reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
         if kernel == "auto" and not (x.is_cuda and x.dtype == torch.bfloat16):
-            reason = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+            reason: str | None = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+        else:  # asked last: it imports Triton
+            reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
         if reason is None and not self.encoder1.mean.weight.numel():
             reason = "ZeRO-3 gathers the adapter's weights one by one; FVAETrainerMixin makes each adapter one unit"
         if reason and kernel == "fused":

@@ -195,12 +195,16 @@ class _Run:
 
     def updates_of(self, state: State, shapes: Sequence[torch.Size]) -> list[tuple[Tensor, Tensor]]:
         """Of each adapter scaling * z1 (T, R) and its up-projection (O, R), in x's dtype."""
-        r, num_tokens, at = self.call.spec.r, self.num_tokens, self.number * self.plan.num_packed
+        r, num_tokens = self.call.spec.r, self.num_tokens
+        # One operation for each view; of its storage, in which a tensor that a hook has kept may begin anywhere.
+        at_z1 = state.units.storage_offset()
+        at_up = state.packed.storage_offset() + self.number * self.plan.num_packed
         found = []
-        for i, shape in enumerate(shapes):  # one operation for each view
-            z1 = state.units.as_strided((num_tokens, r), (r, 1), i * num_tokens * r)
-            found.append((z1, state.packed.as_strided(shape, (r, 1), at)))
-            at += shape.numel()
+        for shape in shapes:
+            z1 = state.units.as_strided((num_tokens, r), (r, 1), at_z1)
+            found.append((z1, state.packed.as_strided(shape, (r, 1), at_up)))
+            at_z1 += num_tokens * r
+            at_up += shape.numel()
         return found
 
     def _first(self, buffer: Tensor, width: int) -> Tensor:

@@ -210,12 +210,8 @@ class _Run:
         base = base_of(model)
         self.model, self.backbone, self.layer, self.shape = model, base.base_model, layer, shape
         self.holder, self.name = find_layers(base, base.config.get_text_config().num_hidden_layers)
-        self.zero3, self.fused, self.eager, self.attention_memory = (
-            zero3,
-            fused_adapters,
-            eager_attention,
-            attention_memory,
-        )
+        self.zero3, self.fused = zero3, fused_adapters
+        self.eager, self.attention_memory = eager_attention, attention_memory
 
     def __call__(self, times: int) -> _Counts:
         all_layers = getattr(self.holder, self.name)

@@ -56,6 +56,20 @@ def test_they_are_what_each_would_be_alone(calls, widths, settings, terms):
     assert calls == ([2, 1] if "other" in widths else [len(widths)])
 
 
+def test_saved_tensors_may_come_back_inside_of_another():
+    """As a hook that keeps many of them in one buffer gives them back; 16 bytes in, where kernels may read them."""
+
+    def inside(tensor: torch.Tensor) -> torch.Tensor:
+        first = 16 // tensor.itemsize
+        return torch.cat([tensor.new_full((first,), 7), tensor.flatten()])[first:].view(tensor.shape)
+
+    model = make_block(20, QKV, "fused")
+    expected = run_block(model, X)[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, inside):
+        found = run_block(model, X)[0]
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_a_layer_with_another_input_computes_alone(calls):
     other = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(4))
     expected = run_block(make_block(20, QKV, "torch"), X, other)
