@@ -34,6 +34,9 @@ class AdapterShards:
         self._group = self.parameters[0].ds_process_group
         self._ranks = dist.get_world_size(self._group)
         self._total = sum(self._sizes)
+        self._group_sizes = [sum(parameter.partition_numel() for parameter in group) for group in zero.fp16_groups]
+        self._whole: list[Tensor] = []  # the values, in one buffer; see `gather`
+        self._rows: list[Tensor] = []
 
     @staticmethod
     def problem(zero: Any) -> str | None:
@@ -60,22 +63,36 @@ class AdapterShards:
         for handle in zero._grad_acc_hooks:
             handle.remove()
         zero._grad_acc_hooks.clear()
-        epilogue, grad_norm = zero.independent_gradient_partition_epilogue, zero.get_grad_norm_direct
+        epilogue, grad_norm, unflatten = (
+            zero.independent_gradient_partition_epilogue,
+            zero.get_grad_norm_direct,
+            zero._unflatten_partitioned_parameters,
+        )
 
         def reduce_then_epilogue() -> None:
             self.reduce()
             epilogue()
+            zero.averaged_gradients = dict(enumerate(self._gradients_of_groups()))
 
         def norm_of_all(gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
-            """A group's gradients lie one behind the other."""
-            buffer = zero.grad_partitions_flat_buffer
-            first = gradients[0].storage_offset() - buffer.storage_offset()
-            whole = buffer.narrow(0, first, sum(gradient.numel() for gradient in gradients))
-            parts = list(whole.split(_NORM_ELEMENTS))
-            return grad_norm(parts, params[:1] * len(parts), norm_type)
+            """DeepSpeed asks every parameter whether it counts on this rank; here all do."""
+            return grad_norm(gradients, params[:1] * len(gradients), norm_type)
+
+        def unflatten_if_moved(group: int) -> None:
+            """After a step every parameter's shard is pointed into the group's buffer, where it already is."""
+            flat, shards = zero.fp16_partitioned_groups_flat[group], zero.fp16_partitioned_groups[group]
+            last = flat.data_ptr() + (flat.numel() - shards[-1].numel()) * flat.element_size()
+            if (shards[0].data_ptr(), shards[-1].data_ptr()) != (flat.data_ptr(), last):
+                unflatten(group)
 
         zero.independent_gradient_partition_epilogue = reduce_then_epilogue
         zero.get_grad_norm_direct = norm_of_all
+        zero._unflatten_partitioned_parameters = unflatten_if_moved
+
+    def _gradients_of_groups(self) -> list[list[Tensor]]:
+        """A group's gradients lie one behind the other: as pieces of which a norm may be taken."""
+        groups = self._zero.grad_partitions_flat_buffer.split(self._group_sizes)
+        return [list(group.split(_NORM_ELEMENTS)) for group in groups]
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -109,13 +126,18 @@ class AdapterShards:
 
         shards = self._zero.fp16_partitioned_groups_flat
         shard = shards[0] if len(shards) == 1 else torch.cat(list(shards))
+        if not self._whole:
+            whole = shard.new_empty(self._ranks * self._total).split([self._ranks * size for size in self._sizes])
+            self._rows = [values.view(self._ranks, -1) for values in whole]
+            self._whole = [
+                values[: parameter.ds_numel].view(parameter.ds_shape)
+                for parameter, values in zip(self.parameters, whole, strict=True)
+            ]
         by_rank = shard.new_empty((self._ranks, self._total))
         comm.all_gather_into_tensor(by_rank.view(-1), shard, group=self._group)
-        whole = shard.new_empty(self._ranks * self._total).split([self._ranks * size for size in self._sizes])
-        rows = [values.view(self._ranks, -1) for values in whole]
-        torch.split_with_sizes_copy(by_rank, self._sizes, dim=1, out=rows)
-        for parameter, values in zip(self.parameters, whole, strict=True):
-            parameter.data = values[: parameter.ds_numel].view(parameter.ds_shape)
+        torch.split_with_sizes_copy(by_rank, self._sizes, dim=1, out=self._rows)
+        for parameter, values in zip(self.parameters, self._whole, strict=True):
+            parameter.data = values
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def let_go(self) -> None:

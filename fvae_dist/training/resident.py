@@ -11,6 +11,7 @@ Read in deepspeed 0.19.8, runtime/zero: parameter_offload.py, stage3.py, partiti
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def make_resident(engine: Any) -> None:
             if not parameter.requires_grad:
                 _release_from_zero3(parameter)
     _keep_adapters_whole(zero, engine.module)
+    _spare_walks(engine)
     for layer in engine.module.modules():
         if isinstance(layer, FVAELinear):
             layer.stays_whole = True
@@ -85,6 +87,36 @@ def _keep_adapters_whole(zero: Any, model: nn.Module) -> None:
     model.register_forward_pre_hook(gather_adapters)
     # `generate` goes past the PEFT model's forward; every forward begins with the embedding.
     model.get_input_embeddings().register_forward_pre_hook(gather_adapters)  # type: ignore[operator]
+
+
+def _spare_walks(engine: Any) -> None:
+    """DeepSpeed walks through all modules around each forward and, in Python, through each access to a weight, to find
+    those that are used outside of their modules and to gather them; here all are whole. The GPU waits meanwhile, as
+    it does while every weight of the base forgets a gradient."""
+    from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+
+    for module in engine.module.modules():
+        if isinstance(module._parameters, ZeROOrderedDict):
+            module._parameters = dict(module._parameters.items())
+    prologue, epilogue = engine._forward_prologue, engine._forward_epilogue
+    adapters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+    def without_looking(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            engine.zero_optimization_partition_weights = lambda: False
+            try:
+                return call(*args)
+            finally:
+                del engine.zero_optimization_partition_weights
+
+        return called
+
+    def zero_grad() -> None:
+        for parameter in adapters:
+            parameter.grad = None
+
+    engine._forward_prologue, engine._forward_epilogue = without_looking(prologue), without_looking(epilogue)
+    engine.zero_grad = zero_grad
 
 
 def _use_stock_linear() -> None:

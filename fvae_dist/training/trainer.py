@@ -12,7 +12,7 @@ saves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -37,19 +37,15 @@ from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
 from fvae_dist.training.resident import make_resident
 from fvae_dist.training.saving import save_adapter
+from fvae_dist.training.walks import WalkOnceMixin
 from fvae_dist.training.zero3 import drop_stale_forward_stack, treat_vaes_as_leaves
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _TrainerBase  # what the mixin is mixed into
-else:
-    _TrainerBase = object
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a micro-step is NaN or infinite; raised on every rank before any gradient of it exists."""
 
 
-class FVAETrainerMixin(_TrainerBase):
+class FVAETrainerMixin(WalkOnceMixin):
     """Mix in before the trainer class. Adds the side loss, the checks around it, fp32 adapter saving, and its logs.
 
     Logged beside the trainer's own keys, every `logging_steps`: loss/total, loss/task, loss/neg_elbo,
