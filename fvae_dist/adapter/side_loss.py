@@ -316,17 +316,17 @@ class LayerForward:
     """What a layer in training mode needs to know of its forward, first or recomputed, and whom to report to.
 
     `ticket`: from `noise.draw_ticket`; without one it is drawn here. `noise`: where its randomness comes from.
-    `with_statistics`, `with_loss`: whether somebody will read their values.
+    `with_statistics`, `with_loss`: whether somebody will read their values. `recomputes`: it is a recomputation.
     """
 
     def __init__(self, layer: nn.Module, adapter: str, num_tokens: int, ticket: int | None = None):
         self._layer, self._adapter = layer, adapter
         self._ticket = draw_ticket() if ticket is None else ticket
         self._collector: Collector | None = None
-        self._is_recomputation = in_backward()
-        self.with_loss = not self._is_recomputation
+        self.recomputes = in_backward()
+        self.with_loss = not self.recomputes
         self.noise: Noise = GENERATOR
-        if self._is_recomputation:
+        if self.recomputes:
             self.noise = recall(self._ticket)
         else:
             self._collector = next((c for c in reversed(_open_collectors) if c.accepts(layer)), None)
@@ -336,7 +336,7 @@ class LayerForward:
 
     def report(self, z1: Tensor, neg_elbo: Tensor, *statistics: Tensor) -> None:
         """Hand over what the VAE returned. Recomputation reports to nobody."""
-        if self._is_recomputation:
+        if self.recomputes:
             return
         remember(self._ticket, self.noise, (z1, neg_elbo))
         if self._collector is None:

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fvae_dist.adapter import side_loss
 from fvae_dist.adapter.noise import draw_ticket
-from fvae_dist.kernels.fused_vae import MAX_ADAPTERS, Call, Side, fused_updates
+from fvae_dist.kernels.fused_vae import Side, fused_updates
+from fvae_dist.kernels.passes import MAX_ADAPTERS, Call
 
 # By the names of transformers: linears of a block that are called with the same tensor, in the order of their calls.
 SHARED_INPUT = (
@@ -86,12 +88,15 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     others = (_member(other) for other in layer.followers)
     members = [leader, *(other for other in others if other and _is_alike(leader, other))][:MAX_ADAPTERS]
-    bases = [member.layer.base_layer(x) for member in members]
+    bases = [_plain_weight(member.layer.base_layer, dtype) for member in members]
+    is_weight = all(base is not None for base in bases)
+    if not is_weight:
+        bases = [member.layer.base_layer(x) for member in members]
     if any(base.dtype != dtype for base in bases):
         return layer.update(leader.name, x, bases[0])
     ticket, num_tokens = draw_ticket(), x.numel() // x.shape[-1]
     runs = [side_loss.LayerForward(m.layer, m.name, num_tokens, ticket + i) for i, m in enumerate(members)]
-    outputs, sides = _updates(members, narrow, bases, runs)
+    outputs, sides = _updates(members, narrow, bases, runs, is_weight)
     for member, output, run, side in list(zip(members, outputs, runs, sides))[1:]:
         member.layer.inbox.ahead = Ahead(x, circumstances, output, run, side)
     runs[0].report(outputs[0], *sides[0])
@@ -99,13 +104,17 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def _updates(
-    members: Sequence[Member], x: Tensor, bases: Sequence[Tensor], runs: Sequence[side_loss.LayerForward]
+    members: Sequence[Member],
+    x: Tensor,
+    bases: Sequence[Tensor],
+    runs: Sequence[side_loss.LayerForward],
+    is_weight: bool,
 ) -> tuple[Sequence[Tensor], list[tuple[Tensor, ...]]]:
     """Of each layer the output, and what it reports of its side loss."""
     streams = [run.noise.stream(x.numel() // x.shape[-1], x.device) for run in runs]
     keys = streams[0].keys
     if any(stream.keys is not keys for stream in streams):  # they belong to collectors of unlike batches
-        alone = [_updates([member], x, [base], [run]) for member, base, run in zip(members, bases, runs)]
+        alone = [_updates([member], x, [base], [run], is_weight) for member, base, run in zip(members, bases, runs)]
         return [outputs[0] for outputs, _ in alone], [sides[0] for _, sides in alone]
     call = Call(
         members[0].vae.fused_spec,
@@ -113,10 +122,11 @@ def _updates(
         members[0].scaling,
         any(run.with_statistics for run in runs),
         any(run.with_loss for run in runs),
+        runs[0].recomputes,
     )
     parameters = [parameter for member in members for parameter in member.vae.fused_parameters()]
     ups = [member.up for member in members]
-    outputs, sides = fused_updates(call, x, keys.to(x.device), bases, parameters, ups)
+    outputs, sides = fused_updates(call, x, keys.to(x.device), bases, parameters, ups, is_weight)
     return outputs, [_report(member.vae, x, run, side) for member, run, side in zip(members, runs, sides)]
 
 
@@ -139,6 +149,18 @@ def _member(layer: Any) -> Member | None:
     if hasattr(up, "ds_id") and not layer.stays_whole:
         return None
     return Member(layer, name, vae, up, layer.scaling[name])
+
+
+def _plain_weight(base: nn.Module, dtype: torch.dtype) -> Any:
+    """The frozen weight (O, D) of a base layer that does nothing but multiply by it, whole and in that dtype; None if
+    it does more, or anyone has hooked it."""
+    if type(base) is not nn.Linear or "forward" in vars(base) or base._parameters.get("bias") is not None:
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None
+    weight: Any = base._parameters["weight"]
+    is_plain = type(weight) is nn.Parameter and not weight.requires_grad and not hasattr(weight, "ds_id")
+    return weight if is_plain and weight.dtype == dtype and not _has_any_global_hook() else None
 
 
 def _is_alike(a: Member, b: Member) -> bool:

@@ -30,7 +30,8 @@ from fvae_dist.adapter.objective import (
     wide_dtype,
 )
 from fvae_dist.adapter.telemetry import r2_sample, token_statistics
-from fvae_dist.kernels.fused_vae import Call, Side, fused_vae, problem
+from fvae_dist.kernels.fused_vae import Side, fused_vae, problem
+from fvae_dist.kernels.passes import Call
 from fvae_dist.kernels.spec import Spec
 
 logger = logging.getLogger(__name__)

@@ -114,7 +114,8 @@ class Launch:
         """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones."""
         run = self._compiled.get(kind)
         if run is not None:
-            run(*arguments, *self._last, stream=stream)
+            # Of a tensor Triton asks the driver where it is; an address it takes as it is.
+            run(*[one.data_ptr() if isinstance(one, Tensor) else one for one in arguments], *self._last, stream=stream)
             return
         compiled = self._kernel[self._grid](*arguments, **self._constants)
         if compiled is not None:  # the interpreter compiles nothing

@@ -1,0 +1,215 @@
+"""The launches of one forward and one backward, for VAEs with one input; `fused_vae` makes autograd functions of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fvae_dist.kernels.launching import Plan, alignment_of, on, plan_of, stream_of
+from fvae_dist.kernels.spec import Spec
+
+MAX_ADAPTERS = 3
+# Of a VAE's parameters the first, which are packed: both trunks' and the decoder's output weight.
+_WIDE = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a forward needs beside tensors: `salts`, one for each adapter, begin their noise; the update is added
+    `scaling` times. Without loss its values are not computed, and meaningless; the graph is the same. `recomputes`:
+    the forward is there for what it saves, and its graph is thrown away."""
+
+    spec: Spec
+    salts: tuple[int, ...]
+    scaling: float = 1.0
+    with_statistics: bool = False
+    with_loss: bool = True
+    recomputes: bool = False
+
+
+class State(NamedTuple):
+    """What the backward needs, of all G adapters.
+
+    Attributes:
+        x: the rows (T, D).
+        parameters: fp32 (G, ...), but for the wide weights.
+        packed: these in x's dtype, see `vae_triton`; the up-projections (O, R) behind all others.
+        latents: fp32; z1, z2 (G, T, R each), the trunks' hidden units (G, T, 2H), the posterior (G, T, 4, R).
+        units: in x's dtype; scaling * z1 (G, T, R), the decoder's hidden units (G, DEPTH, T, W).
+    """
+
+    x: Tensor
+    parameters: Tensor
+    packed: Tensor
+    latents: Tensor
+    units: Tensor
+
+
+class Run:
+    """Forward and backward of G adapters for one x. Tensors that kernels take are new, or their alignment is told."""
+
+    def __init__(self, call: Call, x: Tensor, number: int):
+        self.call, self.number, self.shape = call, number, x.shape
+        features = x.shape[-1]
+        self.num_tokens = x.numel() // features
+        self.plan: Plan = plan_of(call.spec, x.dtype, (self.num_tokens, features), number, x.device)
+
+    def z1_of(self, state: State) -> Tensor:
+        """(G, T, R), fp32"""
+        return self._first(state.latents, self.call.spec.r)
+
+    def posterior_of(self, state: State) -> Tensor:
+        """(G, T, 4, R)"""
+        last = 4 * self.number * self.num_tokens * self.call.spec.r
+        return state.latents[-last:].view(self.number, self.num_tokens, 4, self.call.spec.r)
+
+    def updates_of(self, state: State, shapes: Sequence[torch.Size]) -> list[tuple[Tensor, Tensor]]:
+        """Of each adapter scaling * z1 (T, R) and its up-projection (O, R), in x's dtype."""
+        r, num_tokens = self.call.spec.r, self.num_tokens
+        # One operation for each view; of its storage, in which a tensor that a hook has kept may begin anywhere.
+        at_z1 = state.units.storage_offset()
+        at_up = state.packed.storage_offset() + self.number * self.plan.num_packed
+        found = []
+        for shape in shapes:
+            z1 = state.units.as_strided((num_tokens, r), (r, 1), at_z1)
+            found.append((z1, state.packed.as_strided(shape, (r, 1), at_up)))
+            at_z1 += num_tokens * r
+            at_up += shape.numel()
+        return found
+
+    def _first(self, buffer: Tensor, width: int) -> Tensor:
+        shape = (self.number, self.num_tokens, width)
+        return buffer[: self.number * self.num_tokens * width].view(shape)
+
+    def forward(
+        self, x: Tensor, keys: Tensor, parameters: Sequence[Tensor], ups: Sequence[Tensor] = ()
+    ) -> tuple[State, Tensor, tuple[Tensor, ...]]:
+        """The state, the loss (G, T) and with statistics the other fields of `Side`, (G, ...).
+
+        `parameters` and `ups` are those of all adapters.
+        """
+        call, plan, number, num_tokens = self.call, self.plan, self.number, self.num_tokens
+        spec, features = call.spec, x.shape[-1]
+        c, r, hidden = spec.coefficients, spec.r, spec.encoder_hidden
+        rows = x.reshape(-1, features).contiguous()
+        wide = partial(x.new_empty, dtype=torch.float32)
+        each = len(parameters) // number
+        of_adapters = [parameters[i * each : (i + 1) * each] for i in range(number)]
+        sizes_up = [up.numel() for up in ups] + [0] * (MAX_ADAPTERS - len(ups))
+        state = State(
+            rows if rows.data_ptr() % 16 == 0 else rows.clone(),
+            _flatten_dense_tensors([one for of in of_adapters for one in of[_WIDE:]]),
+            x.new_empty(number * plan.num_packed + sum(sizes_up)),
+            wide(number * num_tokens * (6 * r + 2 * hidden)),
+            x.new_empty(number * num_tokens * (r + spec.decoder_layers * spec.decoder_hidden)),
+        )
+        terms = wide((number, 5, num_tokens))
+        statistics: tuple[Tensor, ...] = ()
+        with on(x):
+            stream = stream_of(x.device)
+            keys = keys.contiguous()
+            packing = [
+                one.contiguous()
+                for i in range(number)
+                for one in (*of_adapters[i][:_WIDE], ups[i] if ups else state.parameters)
+            ]
+            kind = alignment_of(packing)
+            packing += packing[:4] * (MAX_ADAPTERS - number)
+            plan.pack(max(sizes_up))(stream, *packing, state.packed, features, *sizes_up, kind=kind)
+            products = wide((plan.encode_chunks, number, num_tokens, 2 * hidden))
+            plan.encode(stream, state.x, state.packed, products, num_tokens, features, plan.encode_chunk)
+            salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
+            plan.latents(
+                stream, products, keys, state.parameters, state.latents, state.units, terms, num_tokens, features,
+                plan.stride, *salts, float(call.scaling), *c[1:], spec.prior_mean, spec.prior_std,
+                kind=(keys.data_ptr() % 16, *(-(2**31) <= salt < 2**31 for salt in salts)),
+            )  # fmt: skip
+            decoder = (state.x, state.parameters, state.packed, state.units)
+            sizes = (num_tokens, features, plan.stride, plan.likelihood_chunk, c.nll)
+            if call.with_statistics:
+                sums = wide((plan.likelihood_chunks, 2, number, num_tokens))
+                plan.likelihood_with_statistics(stream, *decoder, terms, sums, *sizes)
+                nll, squared_error = _total(sums).unbind(0)
+                loss = torch.add(terms[:, 0], nll, alpha=c.nll)
+                terms[:, 0], terms[:, 1] = loss, nll
+                statistics = terms, self.posterior_of(state), squared_error
+            elif call.with_loss:
+                sums = wide((plan.likelihood_chunks, number, num_tokens))
+                plan.likelihood(stream, *decoder, terms, sums, *sizes)
+                loss = _total(sums)
+            else:
+                loss = terms[:, 0]
+        return state, loss, statistics
+
+    def backward(
+        self, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients to x, in its own shape, and to the parameters. `d_z1` (G, T, R) counts `scaling` times."""
+        call, plan, number, num_tokens = self.call, self.plan, self.number, self.num_tokens
+        spec, c, features = call.spec, call.spec.coefficients, self.shape[-1]
+        hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
+        wide = partial(state.x.new_empty, dtype=torch.float32)
+        d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
+        d_units = state.x.new_empty(number * num_tokens * (2 * hidden + depth * width))
+        d_last = wide((plan.backward_chunks, number, num_tokens, width))
+        of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
+        d_posterior = wide(0 if plan.sums_fit else (number, num_tokens, 4, spec.r))
+        of_features = wide((plan.feature_chunks, number, plan.num_parameters))
+        d_x = state.x.new_empty(self.shape) if needs_x else None
+        sizes = (num_tokens, features, plan.stride)
+        decoder = (state.x, state.parameters, state.packed, state.units)
+        with on(state.x):
+            stream = stream_of(state.x.device)
+            plan.backward_likelihood(stream, *decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
+            plan.backward_latents(
+                stream, d_last, state.parameters, state.latents, state.units, d_loss, d_z1, d_units, d_posterior,
+                of_tokens, *sizes, plan.latent_blocks, float(call.scaling), *c[1:5], spec.prior_mean, spec.prior_std,
+            )  # fmt: skip
+            if d_x is not None:
+                plan.backward_input(stream, *decoder, d_units, d_loss, d_x, *sizes, c.nll)
+            plan.backward_features(
+                stream, *decoder, d_units, d_loss, of_features, *sizes, plan.num_parameters, c.nll, plan.feature_chunk
+            )
+            # The gradient of all adapters, in which each kernel's sums have their place.
+            flat, first = of_features[0], features * spec.num_of_feature
+            if len(of_features) > 1:
+                flat = wide(flat.shape)
+                torch.sum(of_features[:, :, :first], 0, out=flat[:, :first])
+            outer, inner = flat[:, first : first + spec.num_outer], flat[:, first + spec.num_outer :]
+            if plan.sums_fit:
+                torch.sum(of_tokens, 0, out=outer)
+            else:
+                outer.copy_(self._outer_gradients(state, d_posterior, d_units))
+            if depth > 1:
+                of_inner = wide((plan.inner_chunks, *inner.shape))
+                plan.backward_inner(stream, state.units, d_units, of_inner, num_tokens, plan.inner_chunk)
+                torch.sum(of_inner, 0, out=inner)
+        return d_x, _unflatten_dense_tensors(flat.view(-1), plan.like)
+
+    def _outer_gradients(self, state: State, d_posterior: Tensor, d_units: Tensor) -> Tensor:
+        """(G, num_outer): what the kernel adds up itself for small widths, in the same order."""
+        spec, number, num_tokens = self.call.spec, self.number, self.num_tokens
+        hidden, r = spec.encoder_hidden, spec.r
+        each = number * num_tokens
+        z1, z2, encoded, _ = state.latents.split([each * r, each * r, each * 2 * hidden, each * 4 * r])
+        z1, z2 = z1.view(number, num_tokens, r), z2.view(number, num_tokens, r)
+        encoded = encoded.view(number, num_tokens, 2 * hidden)
+        d_encoded = self._first(d_units, 2 * hidden).float()
+        d_decoded = d_units[each * 2 * hidden :].view(number, spec.decoder_layers, num_tokens, spec.decoder_hidden)
+        d_first = d_decoded[:, 0].float()
+        gradients = [d_encoded.sum(1)]
+        for encoder, values in enumerate(encoded.split(hidden, dim=2)):
+            for d_head in d_posterior[:, :, 2 * encoder : 2 * encoder + 2].unbind(2):
+                gradients += [(d_head.mT @ values).flatten(1), d_head.sum(1)]
+        z = torch.cat([z1, z2], dim=2) if spec.concat else (z1 + z2) / 2
+        return torch.cat([*gradients, (d_first.mT @ z).flatten(1), d_first.sum(1)], dim=1)
+
+
+def _total(partial_sums: Tensor) -> Tensor:
+    return partial_sums[0] if len(partial_sums) == 1 else partial_sums.sum(0)
