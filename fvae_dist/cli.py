@@ -76,7 +76,8 @@ def _train(args: argparse.Namespace) -> int:
     # Imported only now: a mistake in the recipe is reported in a second.
     from fvae_dist.training import run
     from fvae_dist.training.control import EXIT_RESUME, StopSignal
-    from fvae_dist.training.process_group import shut_down
+    from fvae_dist.training.process_group import ended_with
+    from fvae_dist.training.trainer import NonFiniteLossError
 
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal().listen()
@@ -89,9 +90,9 @@ def _train(args: argparse.Namespace) -> int:
             print(describe(prepared, devices))
         return 0
     try:
-        finished = run.train(prepared, stop)
+        with ended_with(RecipeError, NonFiniteLossError):
+            finished = run.train(prepared, stop)
     finally:
-        shut_down()
         atexit.register(stop.ignore)
     return EXIT_RESUME if finished is None else 0
 
@@ -113,12 +114,10 @@ def evaluate_command(argv: list[str] | None) -> int:
     args = arguments.parse_evaluate(argv)
     # Imported only now: --help and a mistake in the arguments take no seconds.
     from fvae_dist.evaluation.evaluate import evaluate
-    from fvae_dist.training.process_group import shut_down
+    from fvae_dist.training.process_group import ended_with
 
-    try:
+    with ended_with(RecipeError):
         table = evaluate(args)
-    finally:
-        shut_down()
     if table is not None:
         print(table, end="")
     return 0

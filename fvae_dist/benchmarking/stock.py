@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fvae_dist.benchmarking.timing import synchronise
 from fvae_dist.training.callbacks import peak_memory_gib
-from fvae_dist.training.process_group import shut_down
+from fvae_dist.training.process_group import ended_with
 from fvae_dist.training.run import start_process_group
 
 ZERO3: dict[str, Any] = {
@@ -107,7 +107,5 @@ def _arguments(folder: Path, asked: dict[str, Any]) -> SFTConfig:
 
 
 if __name__ == "__main__":
-    try:
+    with ended_with():
         main(Path(sys.argv[1]))
-    finally:
-        shut_down()

@@ -114,7 +114,9 @@ def torchrun(num_gpus: int) -> list[str]:
 
 
 def run_to_end(command: list[str], log_path: Path) -> str:
-    """Run to the end; returns what went wrong, or nothing. In a session of its own, so that no rank outlives it."""
+    """Run to the end; returns what went wrong, or nothing. In a session of its own, of which no rank outlives it, and
+    none this process when it is terminated."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with open(log_path, "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -122,6 +124,7 @@ def run_to_end(command: list[str], log_path: Path) -> str:
         except subprocess.TimeoutExpired:
             return f"longer than {TIMEOUT_S} s"
         finally:
+            signal.signal(signal.SIGTERM, before)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

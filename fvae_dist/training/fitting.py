@@ -81,11 +81,15 @@ def fit_subject(
     if not _is_open(recipe, deepspeed):
         return _without_estimate(recipe, deepspeed, "")
     allowed = (1 - MARGIN) * memory_gib
+    tried = []
     for recompute, resident in _candidates(recipe, deepspeed):
         choice = choice_of(recipe, subject, deepspeed, recompute, resident)
         estimate = estimate_memory(subject, choice, world_size)
+        tried.append((estimate.needed_gib, recompute, resident, estimate))
         if estimate.needed_gib <= allowed:
             break
+    else:  # weights that are gathered again and again can take more than resident ones: DeepSpeed keeps their inputs
+        _, recompute, resident, estimate = min(tried, key=lambda candidate: candidate[0])
     verdict = "the first that fits" if estimate.needed_gib <= allowed else "nothing fits, this takes the least"
     reason = f"auto: {verdict}: {estimate.needed_gib:.1f} GiB estimated, {memory_gib:.1f} GiB here"
     return Fit(recompute, resident, reason, estimate, is_automatic=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -23,7 +25,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def shut_down() -> None:
-    """End the process group, so that no rank is left waiting at interpreter exit."""
+@contextmanager
+def ended_with(*errors: type[BaseException]) -> Iterator[None]:
+    """End the process group after the block, so that no rank is left waiting at interpreter exit.
+
+    `errors`: those that every rank meets. Any other may be one rank's alone, and NCCL ends its communicators only once
+    the other ranks, which know nothing, have done what they wait for: such a rank must leave as it is, traceback first,
+    for the launcher to end the others.
+    """
+    try:
+        yield
+    except errors:
+        _shut_down()
+        raise
+    except BaseException:
+        if not dist.is_initialized() or dist.get_backend() != "nccl":
+            _shut_down()
+        raise
+    else:
+        _shut_down()
+
+
+def _shut_down() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

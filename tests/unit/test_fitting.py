@@ -59,7 +59,7 @@ def test_auto_is_the_first_that_fits_with_a_margin(tmp_path, config):
     config, order = config, in_order("zero3" if config == "zero3_hpz" else config)
     for memory in [gib / (1 - MARGIN) * change for _, _, gib in order for change in (0.999, 1.001)]:
         allowed = (1 - MARGIN) * memory
-        expected = next((row for row in order if row[2] <= allowed), order[-1])
+        expected = next((row for row in order if row[2] <= allowed), min(order, key=lambda row: row[2]))
         if config == "zero3_hpz" and not expected[1]:
             continue  # it holds second shards beside
         found = fit(recipe_with(tmp_path, config), memory)
@@ -73,6 +73,13 @@ def test_everything_fits_a_large_gpu_and_nothing_a_small_one(tmp_path):
     large, small = (fit(recipe_with(tmp_path, "zero3"), memory) for memory in (500.0, 1.0))
     assert (large.recompute, large.resident) == ("none", True)
     assert (small.recompute, small.resident) == ("full", False)
+
+
+def test_where_nothing_fits_it_is_what_takes_the_least(tmp_path):
+    """Without recomputation sharded weights take more than resident ones."""
+    assert needed("zero3", "none", False) > needed("zero3", "none", True)
+    found = fit(recipe_with(tmp_path, "zero3", recompute="none"), 1.0)
+    assert (found.recompute, found.resident) == ("none", True) and "nothing fits" in str(found)
 
 
 @pytest.mark.parametrize("stated", [{"recompute": "full"}, {"resident_weights": False}, {"resident_weights": True}])
