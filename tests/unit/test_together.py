@@ -56,6 +56,41 @@ def test_they_are_what_each_would_be_alone(calls, widths, settings, terms):
     assert calls == ([2, 1] if "other" in widths else [len(widths)])
 
 
+def add_bias(base: torch.nn.Linear) -> None:
+    base.bias = torch.nn.Parameter(torch.full((base.out_features,), 0.5), requires_grad=False)
+
+
+def add_hook(base: torch.nn.Linear) -> None:
+    base.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def add_gradient_hook(base: torch.nn.Linear) -> None:
+    base.register_full_backward_hook(lambda module, of_inputs, of_outputs: (3 * of_inputs[0],))
+
+
+def train_too(base: torch.nn.Linear) -> None:
+    base.weight.requires_grad_()
+
+
+def replace_forward(base: torch.nn.Linear) -> None:
+    base.forward = lambda x: 2 * torch.nn.functional.linear(x, base.weight)  # as accelerate's hooks do
+
+
+@pytest.mark.parametrize("change", [add_bias, add_hook, add_gradient_hook, train_too, replace_forward])
+def test_a_base_layer_that_does_more_than_multiply_is_called(change):
+    models = [make_block(20, QKV, kernel) for kernel in ("torch", "fused")]
+    before = run_block(models[0], X)[0]
+    for model in models:
+        base = model.base_model.model.k_proj.base_layer
+        assert together._plain_weight(base, torch.float32) is base.weight
+        change(base)
+        assert together._plain_weight(base, torch.float32) is None
+    expected = run_block(models[0], X)
+    assert_alike(run_block(models[1], X), expected)
+    # The change changes something.
+    assert expected[0].keys() != before.keys() or any(not torch.equal(expected[0][n], before[n]) for n in before)
+
+
 def test_saved_tensors_may_come_back_inside_of_another():
     """As a hook that keeps many of them in one buffer gives them back; 16 bytes in, where kernels may read them."""
 
