@@ -72,11 +72,20 @@ class AdapterShards:
         def reduce_then_epilogue() -> None:
             self.reduce()
             epilogue()
-            zero.averaged_gradients = dict(enumerate(self._gradients_of_groups()))
 
         def norm_of_all(gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
-            """DeepSpeed asks every parameter whether it counts on this rank; here all do."""
-            return grad_norm(gradients, params[:1] * len(gradients), norm_type)
+            """DeepSpeed's, not of every parameter but of pieces of its group, in which they lie one after the other."""
+            buffer = zero.grad_partitions_flat_buffer
+            first = gradients[0].storage_offset() - buffer.storage_offset()
+            whole = buffer.narrow(0, first, sum(gradient.numel() for gradient in gradients))
+            parts = list(whole.split(_NORM_ELEMENTS))
+            return grad_norm(parts, params[:1] * len(parts), norm_type)
+
+        def take_gradient(group: int) -> None:
+            """The optimizer's gradient is the buffer, not a copy of it."""
+            of_groups = zero.grad_partitions_flat_buffer.split(self._group_sizes)
+            zero.fp32_partitioned_groups_flat[group].grad = of_groups[group]
+            zero.averaged_gradients[group] = None
 
         def unflatten_if_moved(group: int) -> None:
             """After a step every parameter's shard is pointed into the group's buffer, where it already is."""
@@ -87,12 +96,8 @@ class AdapterShards:
 
         zero.independent_gradient_partition_epilogue = reduce_then_epilogue
         zero.get_grad_norm_direct = norm_of_all
+        zero._prepare_fp32_grad_for_sub_group = take_gradient
         zero._unflatten_partitioned_parameters = unflatten_if_moved
-
-    def _gradients_of_groups(self) -> list[list[Tensor]]:
-        """A group's gradients lie one behind the other: as pieces of which a norm may be taken."""
-        groups = self._zero.grad_partitions_flat_buffer.split(self._group_sizes)
-        return [list(group.split(_NORM_ELEMENTS)) for group in groups]
 
     @torch.no_grad()
     def reduce(self) -> None:
