@@ -10,4 +10,5 @@ case " $* " in
 *" gpu "*) workers=0 ;;
 *) workers=2 ;;
 esac
-exec python -m pytest -n "$workers" --dist loadfile "$@"
+# In the order of the files, slow ones first; by default those of few tests, which are the slow ones, come last.
+exec python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
