@@ -72,10 +72,10 @@ class RopeScalingSection(_Section):
             if stated and self.type != type_:
                 raise ValueError(f"{stated[0]}: goes with type {type_}, not {self.type}")
         if self.type == "llama3":
-            missing = [key for key in _ONLY_WITH["llama3"] if getattr(self, key) is None]
-            if missing:
-                raise ValueError(f"{missing[0]}: missing (type llama3 requires it)")
-            if self.high_freq_factor <= self.low_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if low is None or high is None:
+                raise ValueError("low_freq_factor, high_freq_factor: missing (type llama3 requires them)")
+            if high <= low:
                 raise ValueError("high_freq_factor: must be greater than low_freq_factor")
         if self.type == "yarn" and (self.beta_fast or 32) <= (self.beta_slow or 1):
             raise ValueError("beta_fast: must be greater than beta_slow (they default to 32 and 1)")

@@ -73,20 +73,17 @@ def positions_of(config: PretrainedConfig) -> int | None:
 
 def check_scaled(model: nn.Module, section: RopeScalingSection | None, name: str) -> None:
     """RecipeError where no module of the built model took the scaling: an architecture that reads other settings."""
-    if section is not None and not any(
-        getattr(module, "rope_type", None) == section.type for module in model.modules()
-    ):
-        raise RecipeError(
-            f"model.rope_scaling: {name}: no module of this architecture takes a RoPE of type {section.type}"
-        )
+    if section is None:
+        return
+    if not any(getattr(module, "rope_type", None) == section.type for module in model.modules()):
+        raise RecipeError(f"model.rope_scaling: {name}: its architecture takes no RoPE of type {section.type}")
 
 
 def describe_scaling(config: PretrainedConfig, section: RopeScalingSection) -> str:
     """One line for logs and reports."""
-    stated = ", ".join(
-        f"{key} {value}" for key, value in section.model_dump(exclude_none=True, exclude={"type"}).items()
-    )
-    return f"RoPE scaling: {section.type}, {stated}: {positions_of(config):,} positions"
+    stated = section.model_dump(exclude_none=True, exclude={"type"})
+    shown = ", ".join(f"{key} {value}" for key, value in stated.items())
+    return f"RoPE scaling: {section.type}, {shown}: {positions_of(config):,} positions"
 
 
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:
