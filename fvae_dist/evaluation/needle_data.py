@@ -55,12 +55,8 @@ def needle_records(
     if not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths must lie in [0, 1], got {' '.join(map(str, depths))}")
 
-    def num_tokens(prompt: str, number: str) -> int:
-        return len(encode_completions([prompt], [number], tokenizer)[0][0])
-
-    smallest = num_tokens(needle_prompt(words, 0, 0.5, LONGEST_NUMBER, template), LONGEST_NUMBER)
-    if min(lengths) <= smallest:
-        raise ValueError(f"a length of {min(lengths)} tokens has no room: question and answer alone take {smallest}")
+    question = partial(needle_prompt, words, depth=0.5, number=LONGEST_NUMBER, template=template)
+    smallest = _count(tokenizer, question, LONGEST_NUMBER, 0)
     generator = np.random.default_rng(seed)
     filler = " ".join(words)
     tokens_per_word = 2.0
@@ -71,21 +67,22 @@ def needle_records(
             number = draw_number(generator, "training")
         start = int(generator.integers(len(words)))
         render = partial(needle_prompt, words, depth=depth, number=number, template=template, start=start)
-        guess = round((length - smallest) / tokens_per_word)
-        num_words = _fit(partial(_count, num_tokens, render, number), guess, length, smallest)
-        prompt = render(num_words)
-        count = num_tokens(prompt, number)
-        tokens_per_word = max(count - smallest, 1) / max(num_words, 1)
-        yield {"prompt": prompt, "completion": number, "depth": depth, "length": length, "num_tokens": count}
+        measure = partial(_count, tokenizer, render, number)
+        num_words = _fit(measure, max(round((length - smallest) / tokens_per_word), 0), length, smallest)
+        count = measure(num_words)
+        if num_words == 0:
+            raise ValueError(f"a length of {length} tokens has no room: question and answer alone take {smallest}")
+        tokens_per_word = max(count - smallest, 1) / num_words
+        yield {"prompt": render(num_words), "completion": number, "depth": depth, "length": length, "num_tokens": count}
 
 
-def _count(num_tokens: Callable[[str, str], int], render: Callable[[int], str], number: str, num_words: int) -> int:
+def _count(tokenizer: Any, render: Callable[[int], str], number: str, num_words: int) -> int:
     """Tokens of the record with so many words of filler."""
-    return num_tokens(render(num_words), number)
+    return len(encode_completions([render(num_words)], [number], tokenizer)[0][0])
 
 
 def _fit(measure: Callable[[int], int], num_words: int, length: int, smallest: int) -> int:
-    """The number of words that fills `length` tokens but for part of a word; from a first guess, by Newton's steps."""
+    """The most words with which a record has no more than `length` tokens; from a first guess, by Newton's steps."""
     for _ in range(_MOST_STEPS):
         count = measure(num_words)
         step = int((length - count) * max(num_words, 1) / max(count - smallest, 1))
@@ -94,6 +91,8 @@ def _fit(measure: Callable[[int], int], num_words: int, length: int, smallest: i
         num_words = max(num_words + step, 0)
     while num_words and measure(num_words) > length:
         num_words -= 1
+    while measure(num_words + 1) <= length:
+        num_words += 1
     return num_words
 
 

@@ -22,6 +22,7 @@ from fvae_dist.training.tokenization import IGNORED
 from tests.recipes import byte_tokenizer, make_model_folder
 
 WORDS = filler_words(None, "--filler")
+UNEVEN = ["a"] * 300 + ["incomprehensibilities"] * 40  # a rate of tokens that changes within a text
 LENGTHS = (500, 1200, 3000)
 
 
@@ -42,7 +43,9 @@ def test_lengths_and_depths_are_dealt_out_alike():
 
 
 @pytest.mark.parametrize("template", ["clean", "published"])
-@pytest.mark.parametrize("words", [WORDS, ["a", "considerably-longer-word", "of", "42", "letters"] * 9, ["one"]])
+@pytest.mark.parametrize(
+    "words", [WORDS, ["a", "considerably-longer-word", "of", "42", "letters"] * 9, ["one"], UNEVEN]
+)
 def test_records_are_as_long_as_asked(words, template):
     """At most the length, and short of it by less than a word and its space (a token a byte)."""
     longest_word = max(map(len, words)) + 1
