@@ -182,7 +182,7 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as error:  # no causal language model, or sizes that do not fit together
-        name = recipe.model.name_or_path
+        name = f"{recipe.model.name_or_path}{_how_scaled(recipe)}"
         raise RecipeError(f"model.name_or_path: cannot build {name}: {_first_line(error)}") from None
     check_scaled(model, recipe.model.rope_scaling, recipe.model.name_or_path)
     if recipe.adapter.get("modules_to_save") and recipe.model.dtype != "float32":

@@ -136,6 +136,14 @@ def test_models_that_cannot_be_scaled(tmp_path, base):
         check_scaled(unscaled, scaled_recipe(tmp_path, base, scaling).model.rope_scaling, "x")
 
 
+def test_a_model_that_fails_under_a_scaling_names_it(tmp_path):
+    """Two rotary dimensions: the formula of dynamic divides by none."""
+    config = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+    recipe = scaled_recipe(tmp_path, make_model_folder(tmp_path, **config), {"type": "dynamic", "factor": 2})
+    with pytest.raises(RecipeError, match=r"cannot build .* \(model\.rope_scaling: dynamic, factor 2\): "):
+        plan_model(recipe, load_config(recipe.model))
+
+
 def test_exit_code_is_2(base, tmp_path, capfd):
     path = write_recipe(tmp_path, recipe_values(tmp_path, base))
     assert train_command(["--config", str(path), "--set", "model.rope_scaling={type: yarn}", "--dry-run"]) == 2
