@@ -15,9 +15,17 @@ from transformers import AutoConfig, PretrainedConfig
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.adapter.convert import export_adapter, load_official_adapter
-from fvae_dist.adapter.export import ADAPTER_FILE, CONFIG_FILE, read_json, read_tensors, written_aside
+from fvae_dist.adapter.export import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    copy_rope_scaling,
+    read_json,
+    read_tensors,
+    written_aside,
+)
 from fvae_dist.adapter.layer import linear_features
 from fvae_dist.training.recipe import RecipeError
+from fvae_dist.training.rope_scaling import apply_saved_scaling, check_scaled
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -70,6 +78,7 @@ def _convert_official(args: argparse.Namespace) -> str:
     model = load_official_adapter(base, path)
     with written_aside(Path(args.out)) as folder:
         model.save_pretrained(str(folder))
+        copy_rope_scaling(settings_file.parent, folder, Path(args.out))
     return f"{args.out}: the adapter {path} of the reference code, as FVAE-LoRA"
 
 
@@ -87,7 +96,7 @@ def _export_ours(args: argparse.Namespace) -> str:
         _check_fits(_empty_base(base, settings, args.trust_remote_code), base, path)
     source: PeftModel | Path = path
     if args.format == "merged" and base and not settings.get("encoder_layers"):
-        source = _attach(_load_base(base, settings, args.trust_remote_code), path)
+        source = _attach(_load_base(base, settings, args.trust_remote_code, path), path)
     export_adapter(source, args.out, args.format)
     return f"{args.out}: {path} in the form {args.format!r}"
 
@@ -132,10 +141,12 @@ def _empty_base(name: str, settings: dict[str, Any], trust_remote_code: bool) ->
         return _load_base(name, settings, trust_remote_code)
 
 
-def _load_base(name: str, settings: dict[str, Any], trust_remote_code: bool) -> nn.Module:
+def _load_base(name: str, settings: dict[str, Any], trust_remote_code: bool, adapter: Path | None = None) -> nn.Module:
+    """With its weights, and its RoPE scaled as `adapter` was trained with, so that a merged config.json says so."""
     config = _load_config(name, settings, trust_remote_code)
+    scaling = apply_saved_scaling(config, adapter, name) if adapter is not None else None
     try:
-        return _model_class(config, settings).from_pretrained(
+        model = _model_class(config, settings).from_pretrained(
             name,
             config=config,
             dtype="auto",
@@ -145,6 +156,8 @@ def _load_base(name: str, settings: dict[str, Any], trust_remote_code: bool) -> 
         )
     except Exception as error:  # what is missing or broken raises a dozen types
         raise RecipeError(f"--base {name}: cannot load it: {_one_line(error)}") from None
+    check_scaled(model, scaling, name)
+    return model
 
 
 def _load_config(name: str, settings: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:

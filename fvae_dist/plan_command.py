@@ -30,6 +30,7 @@ from fvae_dist.training.planned import (
 )
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
+from fvae_dist.training.rope_scaling import describe_scaling
 
 _RECOMPUTES: tuple[Recompute, ...] = ("full", "selective", "none")
 
@@ -59,6 +60,8 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
     plan_model(recipe, config)  # both refuse what training would refuse
     subject = subject_of(recipe, config)
     load, notes = _load(recipe, args.epoch_tokens)
+    if recipe.model.rope_scaling is not None:
+        notes.append(describe_scaling(config, recipe.model.rope_scaling))
 
     def make(name: str, recompute: Recompute, resident: bool, of_size: Cluster) -> Choice:
         return make_choice(recipe, subject, name, recompute, resident, of_size.world_size, of_size.gpus_per_node)

@@ -18,6 +18,7 @@ from fvae_dist.evaluation.running import run_task
 from fvae_dist.evaluation.suites import make_tasks
 from fvae_dist.evaluation.tasks import Options, Task
 from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.rope_scaling import positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def plan_suites(recipe: Recipe, tokenizer: Any, config: PretrainedConfig) -> lis
         RecipeError: their data cannot be used, or evaluation.best_metric names none of them.
     """
     section = recipe.evaluation
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     max_length = max(2048, recipe.data.max_length)
     options = Options(
         data={str(name): path for name, path in section.suites.items()},

@@ -22,7 +22,15 @@ from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_
 from fvae_dist.training.fingerprint import base_fingerprint
 from fvae_dist.training.implementations import choose_attention
 from fvae_dist.training.modeling import check_weights, load_base_model, load_config, load_tokenizer
-from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, TrainingSection, one_line
+from fvae_dist.training.recipe import (
+    ModelSection,
+    Recipe,
+    RecipeError,
+    RopeScalingSection,
+    TrainingSection,
+    one_line,
+)
+from fvae_dist.training.rope_scaling import apply_saved_scaling, check_scaled, positions_of
 from fvae_dist.training.zero3 import treat_vaes_as_leaves
 
 SHARDED = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
@@ -34,7 +42,8 @@ class ModelSource:
     """What is known of the model before a weight is loaded.
 
     num_labels: of a classifier, None for a language model. deepspeed: the ZeRO-3 configuration, None where every rank
-    holds the whole model. positions: the longest sequence, None where the architecture has no limit.
+    holds the whole model. rope_scaling: what the adapter was trained with. positions: the longest sequence, None where
+    the architecture has no limit.
     """
 
     recipe: Recipe
@@ -45,10 +54,11 @@ class ModelSource:
     attention: str
     num_labels: int | None = None
     adapter_config: dict[str, Any] = field(default_factory=dict)
+    rope_scaling: RopeScalingSection | None = None
 
     @property
     def positions(self) -> int | None:
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions_of(self.config)
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on; whether the model is sharded is not among it."""
@@ -63,7 +73,7 @@ class ModelSource:
             },
             "dtype": section.dtype,
             "attention": self.attention,
-        }
+        } | ({"rope_scaling": self.rope_scaling.model_dump(exclude_none=True)} if self.rope_scaling else {})
 
 
 def find_model(
@@ -114,6 +124,10 @@ def find_model(
     if adapter is not None:
         source.adapter = Path(adapter)
         source.adapter_config, tensors = _read_adapter(source.adapter)
+        try:
+            source.rope_scaling = apply_saved_scaling(config, source.adapter, model)
+        except RecipeError as error:
+            raise RecipeError(f"--adapter {error}") from None
         if source.adapter_config.get("task_type") == CLASSIFICATION:
             config.num_labels = _saved_labels(tensors) or config.num_labels or 0
             source.num_labels = config.num_labels
@@ -173,6 +187,7 @@ def load_model(source: ModelSource, device: torch.device) -> nn.Module:
 
         live = HfDeepSpeedConfig(source.deepspeed)  # from_pretrained shards for as long as this object lives
     base = _load_base(source)
+    check_scaled(base, source.rope_scaling, source.recipe.model.name_or_path)
     model = base if source.adapter is None else _attach(base, source.adapter)
     model.eval().requires_grad_(False)
     if source.deepspeed is not None:

@@ -3,12 +3,15 @@
 `--data needle=FILE` is a text that the number is hidden in (repeated if it is too short); without it a few plain
 sentences are. One question for each length (a quarter, half and all of `--max-length`) and depth (0 to 100 % of the
 text), five numbers each; the answer is right if the first number that the model writes is the hidden one.
+
+The numbers are multiples of 7, which those of `needle_data.py`, that a model may have been trained on, never are.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +22,7 @@ from fvae_dist.training.recipe import RecipeError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NUM_REPEATS = 5
+LONGEST_NUMBER = "8888888"  # what lengths are measured with
 _FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. The river runs down to the sea. "
     "In the morning the market opens, and in the evening it closes again. "
@@ -34,15 +38,15 @@ def needle_tasks(tokenizer: Any, options: Options) -> list[Task]:
     """
     max_new_tokens = options.max_new_tokens or 16
     room = room_for_prompt("needle", options, max_new_tokens)
-    words = _filler(options)
+    words = filler_words(options.path("needle") if "needle" in options.data else None, "--data needle")
     generator = np.random.default_rng(options.seed)
     samples: list[Sample] = []
     for length in sorted({room // 4, room // 2, room}):
         num_words = _fitting_words(words, length, tokenizer, options.template)
         for depth in DEPTHS:
             for _ in range(NUM_REPEATS):
-                number = str(generator.integers(1_000_000, 10_000_000))
-                row, _ = prompt_row(_prompt(words, num_words, depth, number, options.template), tokenizer, room)
+                number = draw_number(generator, "evaluation")
+                row, _ = prompt_row(needle_prompt(words, num_words, depth, number, options.template), tokenizer, room)
                 facts = {"answer": number, "depth": depth, "length": length}
                 samples.append(Sample(len(samples), [row], facts))
     samples = samples[: options.limit]
@@ -53,21 +57,34 @@ def needle_tasks(tokenizer: Any, options: Options) -> list[Task]:
     return [Task("needle", "needle", "generate", samples, judge_needle, summarise, max_new_tokens)]
 
 
-def _filler(options: Options) -> list[str]:
-    if "needle" not in options.data:
+def draw_number(generator: np.random.Generator, use: Literal["training", "evaluation"]) -> str:
+    """A number of seven digits: for evaluation a multiple of 7, for training none, so that no seed makes them meet."""
+    number = 7 * int(generator.integers(142_858, 1_428_571))
+    return str(number if use == "evaluation" else number + int(generator.integers(1, 7)))
+
+
+def filler_words(path: Path | None, option: str) -> list[str]:
+    """The words that a number is hidden among: of a text file, or of a few plain sentences.
+
+    Raises:
+        RecipeError: naming `option`: the file is no text, is empty, or tells of a secret number itself.
+    """
+    if path is None:
         return _FILLER.split()
-    path = options.path("needle")
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--data needle: {path}: is no readable text: {error}") from None
+        raise RecipeError(f"{option}: {path}: is no readable text: {error}") from None
     if not words:
-        raise RecipeError(f"--data needle: {path}: is empty")
+        raise RecipeError(f"{option}: {path}: is empty")
+    if "The secret number is" in " ".join([*words, *words]):
+        raise RecipeError(f"{option}: {path}: holds 'The secret number is' itself")
     return words
 
 
-def _prompt(words: list[str], num_words: int, depth: float, number: str, template: str) -> str:
-    text = [words[i % len(words)] for i in range(num_words)]
+def needle_prompt(words: list[str], num_words: int, depth: float, number: str, template: str, start: int = 0) -> str:
+    """The prompt that asks for `number`, hidden at `depth` (0 to 1) of `num_words` of the filler, from word `start`."""
+    text = [words[(start + i) % len(words)] for i in range(num_words)]
     text.insert(round(depth * num_words), f"The secret number is {number}.")
     return render_prompt(template, f"{' '.join(text)}\n\n{_QUESTION}")
 
@@ -76,8 +93,10 @@ def _fitting_words(words: list[str], length: int, tokenizer: Any, template: str)
     """The most words of filler with which the prompt has no more than `length` tokens."""
 
     def num_tokens(num_words: int) -> int:
-        # The longest of them: a number's tokens depend on its digits and its place.
-        return len(prompt_row(_prompt(words, num_words, 0.5, "8888888", template), tokenizer, 1 << 40)[0].ids)
+        # About the longest of them: a number's tokens depend on its digits and its place.
+        return len(
+            prompt_row(needle_prompt(words, num_words, 0.5, LONGEST_NUMBER, template), tokenizer, 1 << 40)[0].ids
+        )
 
     if num_tokens(0) > length:
         raise RecipeError(f"--max-length: a needle's question does not fit into {length} tokens")

@@ -25,8 +25,18 @@ def package_versions(names: Sequence[str] = _PACKAGES) -> dict[str, str]:
     return versions
 
 
-def write_model_card(folder: Path, recipe: Recipe, data_report: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Write README.md into an adapter folder; front matter as the Hub reads it."""
+def write_model_card(
+    folder: Path,
+    recipe: Recipe,
+    data_report: dict[str, Any],
+    metrics: dict[str, Any],
+    scaled: dict[str, Any] | None = None,
+) -> None:
+    """Write README.md into an adapter folder; front matter as the Hub reads it.
+
+    Args:
+        scaled: settings of the base that a RoPE scaling changed, which PEFT would not know of.
+    """
     base = recipe.model.name_or_path
     front = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["fvae-lora"]}
     if str(recipe.adapter.get("peft_type", "FVAE_LORA")) != "FVAE_LORA":
@@ -38,14 +48,28 @@ def write_model_card(folder: Path, recipe: Recipe, data_report: dict[str, Any], 
     text = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {recipe.adapter.get('peft_type', 'FVAE_LORA')} adapter for {base}\n\n"
-        "Load with plain PEFT:\n\n```python\n"
-        "import fvae_dist  # registers FVAE_LORA with PEFT\n"
-        "from peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")\n```\n\n'
+        f"Load with plain PEFT:\n\n```python\n{_how_to_load(base, scaled)}```\n\n"
         f"## Metrics\n\n{_table(numbers)}\n\n## Data\n\n```yaml\n{yaml.safe_dump(data_report, sort_keys=False)}```\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n\n## Versions\n\n{_table(package_versions())}\n"
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _how_to_load(base: str, scaled: dict[str, Any] | None) -> str:
+    """Python code; with a scaled RoPE the base has to be loaded as it was in the run."""
+    imports = "import fvae_dist  # registers FVAE_LORA with PEFT\n"
+    if scaled is None:
+        return (
+            f"{imports}from peft import AutoPeftModelForCausalLM\n\n"
+            'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
+        )
+    settings = "".join(f"    {key}={value!r},\n" for key, value in scaled.items())
+    return (
+        f"{imports}from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "# Trained with a scaled RoPE (rope_scaling.json): wrong without it.\n"
+        f"base = AutoModelForCausalLM.from_pretrained(\n    {base!r},\n{settings})\n"
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n'
+    )
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from fvae_dist.planning.report import memory_table
 from fvae_dist.training.data import render_example
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
 from fvae_dist.training.planned import choice_of, subject_of
+from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.run import Prepared
 
 _SHOWN_CHARACTERS = 4000
@@ -51,9 +52,11 @@ def _model(prepared: Prepared) -> str:
     more = len(plan.adapted_layers) - len(shown)
     names = ", ".join(shown) + (f", ... ({more} more)" if more > 0 else "")
     share = 100 * plan.trainable_parameters / plan.base_parameters
+    scaling = prepared.recipe.model.rope_scaling
     return "\n".join(
         [
             f"base: {prepared.recipe.model.name_or_path}, {plan.base_parameters:,} parameters, frozen",
+            *([describe_scaling(prepared.config, scaling)] if scaling else []),
             f"adapted layers: {len(plan.adapted_layers)}: {names}",
             f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "
             f"{plan.inference_parameters:,} of them at inference",

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, unknown_key
+from fvae_dist.training.rope_scaling import apply_rope_scaling, check_scaled, positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +40,21 @@ class ModelPlan:
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:
-    """The base model's configuration; RecipeError if there is none."""
+    """The base model's configuration, its RoPE scaled as asked for; RecipeError if there is none."""
     path = Path(section.name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise RecipeError(f"model.name_or_path: {path} holds no config.json: not a Hugging Face model folder")
     if not path.exists() and (path.is_absolute() or section.name_or_path.startswith(".") or len(path.parts) > 2):
         raise RecipeError(f"model.name_or_path: there is no folder {path}")
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:  # a broken config.json raises a dozen types
         raise RecipeError(f"model.name_or_path: cannot load {section.name_or_path}: {_first_line(error)}") from None
+    if section.rope_scaling is not None:
+        apply_rope_scaling(config, section.rope_scaling, section.name_or_path)
+    return config
 
 
 def check_weights(section: ModelSection) -> None:
@@ -104,19 +108,24 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def check_lengths(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Refuse sequences longer than the model's positions and a tokenizer (if given) larger than its vocabulary."""
+    """Refuse sequences longer than the (scaled) positions and a tokenizer (if given) larger than the vocabulary."""
     text_config = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and recipe.data.max_length > positions:
         raise RecipeError(
             f"data.max_length: {recipe.data.max_length} is longer than the {positions} positions of "
-            f"{recipe.model.name_or_path}"
+            f"{recipe.model.name_or_path}{_how_scaled(recipe)}"
         )
     if tokenizer is not None and len(tokenizer) > text_config.vocab_size:
         raise RecipeError(
             f"model.tokenizer: {len(tokenizer)} tokens do not fit the vocabulary of {text_config.vocab_size} of "
             f"{recipe.model.name_or_path}"
         )
+
+
+def _how_scaled(recipe: Recipe) -> str:
+    scaling = recipe.model.rope_scaling
+    return f" (model.rope_scaling: {scaling.type}, factor {scaling.factor:g})" if scaling else ""
 
 
 def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
@@ -173,8 +182,9 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as error:  # no causal language model, or sizes that do not fit together
-        name = recipe.model.name_or_path
+        name = f"{recipe.model.name_or_path}{_how_scaled(recipe)}"
         raise RecipeError(f"model.name_or_path: cannot build {name}: {_first_line(error)}") from None
+    check_scaled(model, recipe.model.rope_scaling, recipe.model.name_or_path)
     if recipe.adapter.get("modules_to_save") and recipe.model.dtype != "float32":
         raise RecipeError(
             f"adapter.modules_to_save: would train whole modules in {recipe.model.dtype}, where small updates are "

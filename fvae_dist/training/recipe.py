@@ -39,6 +39,49 @@ class _Section(BaseModel):
 _NO_IS_TEXT = BeforeValidator(lambda value: "no" if value is False else value)
 
 
+_ONLY_WITH = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+
+
+class RopeScalingSection(_Section):
+    """More positions than the model was trained with; types and keys as transformers has them."""
+
+    type: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
+        description="linear: positions divided by factor; dynamic: base raised with the longest row seen (NTK); yarn: "
+        "by wavelength, attention sharpened; llama3: by wavelength, as Llama 3.1."
+    )
+    factor: float = Field(ge=1, le=1e6, description="The model's positions become factor times as many.")
+    original_max_position_embeddings: int | None = Field(
+        None, ge=1, description="Positions before any scaling; default: the model's, if it has no scaling of its own."
+    )
+    low_freq_factor: float | None = Field(None, gt=0, description="llama3 (required): bound of what is scaled whole.")
+    high_freq_factor: float | None = Field(None, gt=0, description="llama3 (required): bound of what is not scaled.")
+    attention_factor: float | None = Field(None, gt=0, description="yarn: factor of cosine and sine; default: paper's.")
+    beta_fast: float | None = Field(None, gt=0, description="yarn: rotations from which nothing is scaled; default 32.")
+    beta_slow: float | None = Field(None, gt=0, description="yarn: rotations up to which all is scaled; default 1.")
+    mscale: float | None = Field(None, gt=0, description="yarn: as DeepSeek's configurations have it.")
+    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: as DeepSeek's configurations have it.")
+    truncate: bool | None = Field(None, description="yarn: whether the bounds are rounded to whole dimensions.")
+
+    @model_validator(mode="after")
+    def _keys_of_its_type(self):
+        for type_, keys in _ONLY_WITH.items():
+            stated = [key for key in keys if getattr(self, key) is not None]
+            if stated and self.type != type_:
+                raise ValueError(f"{stated[0]}: goes with type {type_}, not {self.type}")
+        if self.type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if low is None or high is None:
+                raise ValueError("low_freq_factor, high_freq_factor: missing (type llama3 requires them)")
+            if high <= low:
+                raise ValueError("high_freq_factor: must be greater than low_freq_factor")
+        if self.type == "yarn" and (self.beta_fast or 32) <= (self.beta_slow or 1):
+            raise ValueError("beta_fast: must be greater than beta_slow (they default to 32 and 1)")
+        return self
+
+
 class ModelSection(_Section):
     """The frozen base model."""
 
@@ -61,6 +104,7 @@ class ModelSection(_Section):
         False,
         description="Build the model from its config.json with random weights (benchmarks; seed = training.seed).",
     )
+    rope_scaling: RopeScalingSection | None = Field(None, description="Scaling of the rotary position embeddings.")
 
 
 class SourceSection(_Section):
@@ -262,6 +306,12 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key; did you mean {folded[nearest[0]]}?" if nearest else "unknown key"
 
 
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, alone, in a list or where it is optional; None for a plain value."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def describe_recipe() -> str:
     """The text of `--help-recipe`: every section and key with type, default and meaning."""
     parts = []
@@ -285,11 +335,12 @@ def _describe_adapter(indent: str) -> list[str]:
 def _describe(section: type[BaseModel], indent: str) -> list[str]:
     rows = []
     for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if get_origin(annotation) is list and issubclass(get_args(annotation)[0], BaseModel):
-            rows.append(f"{indent}{name}: # {field.description} A list{', as train' if name == 'eval' else ' of:'}")
+        annotation, nested = field.annotation, section_of(field.annotation)
+        if nested is not None:
+            kind = "A list" if get_origin(annotation) is list else "Default: none. A mapping"
+            rows.append(f"{indent}{name}: # {field.description} {kind}{', as train' if name == 'eval' else ' of:'}")
             if name != "eval":
-                rows += _describe(get_args(annotation)[0], indent + "    ")
+                rows += _describe(nested, indent + "    ")
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

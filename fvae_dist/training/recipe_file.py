@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fvae_dist.training.recipe import Recipe, RecipeError, unknown_key
+from fvae_dist.training.recipe import Recipe, RecipeError, section_of, unknown_key
 
 _MAX_NODES = 100_000  # a recipe has a hundred; aliases of aliases of aliases can expand to billions
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # neither can stand in a path
@@ -210,8 +210,7 @@ def _known_keys(loc: tuple) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue
-        annotation = section.model_fields[part].annotation
-        section = get_args(annotation)[0] if get_origin(annotation) is list else annotation  # type: ignore[assignment]
+        section = section_of(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from fvae_dist.training.callbacks import (
     EstimateCheck,
@@ -52,19 +52,12 @@ from fvae_dist.training.modeling import (
 )
 from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
-from fvae_dist.training.resumable import ResumableTrainerMixin
+from fvae_dist.training.recipe_trainer import RecipeTrainer
+from fvae_dist.training.rope_scaling import describe_scaling, settings_of
 from fvae_dist.training.throughput import peak_tflops
-from fvae_dist.training.trainer import FVAETrainerMixin
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 
 logger = logging.getLogger(__name__)
-
-
-class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
-    """TRL's SFTTrainer with the side loss and our checkpoints; the model card is written by the recipe, not by TRL."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 @dataclass
@@ -161,6 +154,8 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     logger.info("%s", prepared.fit)
     logger.info("attention: %s (%s)", prepared.attention, prepared.attention_reason)
     logger.info("Liger's layers: %s (%s)", "yes" if prepared.liger else "no", prepared.liger_reason)
+    if recipe.model.rope_scaling is not None:
+        logger.info("%s", describe_scaling(prepared.config, recipe.model.rope_scaling))
     if recipe.model.dtype == "float16":
         logger.warning("model.dtype float16: gradients of fp32 adapters get no loss scaling; bfloat16 is safer")
     model = build_model(prepared, args)
@@ -266,6 +261,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
         gradient_split_every=recipe.logging.gradient_split_every,
         resident_weights=prepared.fit.resident,
         base_fingerprint=prepared.base_fingerprint,
+        rope_scaling=recipe.model.rope_scaling,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))
@@ -311,7 +307,8 @@ def save_results(trainer: RecipeTrainer, prepared: Prepared, metrics: dict[str, 
         if metrics["history"]:
             last = metrics["history"][-1]
             summary |= {key: last[key] for key in ("loss/task", "loss/neg_elbo") if key in last}
-        write_model_card(output / "adapter", prepared.recipe, prepared.data.report, summary)
+        scaled = settings_of(prepared.config) if prepared.recipe.model.rope_scaling is not None else None
+        write_model_card(output / "adapter", prepared.recipe, prepared.data.report, summary, scaled)
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         logger.info("adapter saved and read back: %s", output / "adapter")
 
