@@ -80,23 +80,26 @@ def run_logged(command: list[str], log_path: Path) -> int:
     with open(log_path, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
-        try:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
-            raise RecipeError(f"launcher: cannot run {command[0]}: {error.strerror or error}") from None
+        process: subprocess.Popen | None = None
         received: list[int] = []
 
         def pass_on(number: int, frame: Any) -> None:
             received.append(number)
-            process.send_signal(number)
+            if process is not None:
+                process.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            if received:  # it came before there was anybody to pass it on to
+                process.terminate()
             code = process.wait()
+        except OSError as error:
+            raise RecipeError(f"launcher: cannot run {command[0]}: {error.strerror or error}") from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if code and received:
