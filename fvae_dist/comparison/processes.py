@@ -108,8 +108,8 @@ def run_logged(command: list[str], log_path: Path) -> int:
 
 
 def last_error(log_path: Path, code: int) -> str:
-    """What went wrong, in one line: the last error in the log, or its last line."""
-    lines = [line.strip() for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    lines = [line for line in lines if line]
+    """What went wrong, in one line: the last error of the log's last command, or its last line."""
+    text = log_path.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2]  # before it: earlier attempts
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])
     return f"exit code {code}: {found[:500]}"

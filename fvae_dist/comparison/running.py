@@ -204,7 +204,7 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any], path:
         if isinstance(was, dict) and isinstance(is_now, dict):
             _check_same(folder, was, is_now, dotted)
         elif was != is_now:
-            change = one_line(ValueError(f"{was}, now {is_now}"), 100)
+            change = f"{was}, now {is_now}"[:100]
             raise RecipeError(f"{folder}: was run with another {dotted} ({change}); choose another output")
 
 

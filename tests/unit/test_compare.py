@@ -171,6 +171,8 @@ def test_last_error_is_found_among_a_launchers_lines(tmp_path):
     with open(log, "a") as file:
         file.write("[launcher] killing everything\n")
     assert code == 1 and last_error(log, code) == "exit code 1: ZeroDivisionError: division by zero"
+    code = run_logged([sys.executable, "-c", "import sys; print('no reason given'); sys.exit(3)"], log)
+    assert last_error(log, code) == "exit code 3: no reason given"
     with pytest.raises(RecipeError, match="launcher: cannot run no-such-launcher"):
         run_logged(["no-such-launcher"], log)
 
