@@ -133,6 +133,26 @@ examples:
     return args
 
 
+def parse_compare(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="launch/compare.py",
+        description="Compare PEFT methods: the same recipe, steps and number of trials for each.",
+        epilog="""Every method is trained with every learning rate and seed of the file and evaluated on the validation
+data; its best learning rate, by the mean over seeds, is tested once a seed. Started again it goes on with what is
+missing.
+
+examples:
+  python launch/compare.py --config launch/recipes/compare_family.yaml
+  sbatch --array=0-26 --wrap 'python launch/compare.py --config FILE --trial $SLURM_ARRAY_TASK_ID'   # see --list""",
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="comparison YAML")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print every trial and test with its number and state")
+    what.add_argument("--trial", type=_at_least(0), metavar="N", help="run one of them alone")
+    what.add_argument("--report", action="store_true", help="run nothing; report what is finished")
+    return parser.parse_args(argv)
+
+
 def parse_checkpoint(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="launch/checkpoint.py", description="Checkpoints of a run.")
     parser.add_argument("action", choices=["inspect", "verify", "export"], help="what to do")

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train_command,
         "evaluate": evaluate_command,
         "export": export_command,
+        "compare": compare_command,
         "plan": plan_command,
         "benchmark": benchmark_command,
         "checkpoint": checkpoint_command,
@@ -132,6 +133,22 @@ def export_command(argv: list[str] | None) -> int:
 
     print(export(args))
     return 0
+
+
+@_command
+def compare_command(argv: list[str] | None) -> int:
+    """Compare PEFT methods. Exit codes: 0 done; 1 a trial failed, the others went on; 2 bad file or argument; 75
+    stopped by SIGTERM or SIGUSR1 (start it again: it goes on); anything else is a crash."""
+    args = arguments.parse_compare(argv)
+    # Imported only now: --help and a mistake in the arguments take no seconds.
+    from fvae_dist.comparison.command import compare
+    from fvae_dist.comparison.processes import Stopped
+    from fvae_dist.training.control import EXIT_RESUME
+
+    try:
+        return compare(args)
+    except Stopped:
+        return EXIT_RESUME
 
 
 @_command

@@ -21,7 +21,9 @@ def one_line(error: BaseException, longest: int | None = 500) -> str:
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a file in which every key is known and every value is of its type."""
+
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*")
@@ -45,7 +47,7 @@ _ONLY_WITH = {
 }
 
 
-class RopeScalingSection(_Section):
+class RopeScalingSection(Section):
     """More positions than the model was trained with; types and keys as transformers has them."""
 
     type: Literal["linear", "dynamic", "yarn", "llama3"] = Field(
@@ -82,7 +84,7 @@ class RopeScalingSection(_Section):
         return self
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The frozen base model."""
 
     name_or_path: str = Field(min_length=1, description="Hugging Face id or local folder of a causal language model.")
@@ -107,7 +109,7 @@ class ModelSection(_Section):
     rope_scaling: RopeScalingSection | None = Field(None, description="Scaling of the rotary position embeddings.")
 
 
-class SourceSection(_Section):
+class SourceSection(Section):
     """One source of examples: a local file or a Hub data set."""
 
     path: str | None = Field(None, description="Local .json, .jsonl, .parquet or .txt file.")
@@ -132,7 +134,7 @@ class SourceSection(_Section):
         return self
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """What is trained and evaluated on."""
 
     train: list[SourceSection] = Field(min_length=1, description="Training sources.")
@@ -155,7 +157,7 @@ class DataSection(_Section):
     )
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """The loop; names as in transformers' TrainingArguments."""
 
     output_dir: str = Field(min_length=1, description="Checkpoints, logs and the final adapter go here.")
@@ -213,7 +215,7 @@ class TrainingSection(_Section):
         return value
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Loss on data.eval during the run, and the suites of launch/evaluate.py."""
 
     strategy: Annotated[Literal["no", "steps", "epoch"], _NO_IS_TEXT] = Field(
@@ -241,7 +243,7 @@ class EvaluationSection(_Section):
     )
 
 
-class LoggingSection(_Section):
+class LoggingSection(Section):
     """What is written while it runs (rank 0)."""
 
     steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
@@ -266,7 +268,7 @@ class LoggingSection(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A run."""
 
     model: ModelSection

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fvae_dist.training.recipe import Recipe, RecipeError, section_of, unknown_key
 
+_Schema = TypeVar("_Schema", bound=BaseModel)
 _MAX_NODES = 100_000  # a recipe has a hundred; aliases of aliases of aliases can expand to billions
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # neither can stand in a path
 
@@ -59,18 +60,24 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: with file, line and key, and for an unknown key the nearest known one.
     """
+    return load_strictly(path, Recipe, overrides)
+
+
+def load_strictly(path: str | Path, schema: type[_Schema], overrides: list[str] | None = None) -> _Schema:
+    """Read, override and check a YAML file that `schema` describes, as `load_recipe` does."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
-        raise RecipeError(f"{path}: cannot read the recipe: {str(reason).lower()}") from None
+        raise RecipeError(f"{path}: cannot read the {schema.__name__.lower()}: {str(reason).lower()}") from None
     value, lines = parse_yaml(text, str(path))
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+        kind = schema.__name__.lower()
+        raise RecipeError(f"{path}: a {kind} is a mapping with the sections {', '.join(schema.model_fields)}")
     value = _without_aliases(value)
     overridden = {_apply_override(value, text) for text in overrides or []}
-    return validate_recipe(value, str(path), lines, overridden)
+    return validate(schema, value, str(path), lines, overridden)
 
 
 def parse_yaml(text: str, origin: str) -> tuple[Any, dict[tuple, int]]:
@@ -166,21 +173,22 @@ def _apply_override(value: dict[str, Any], text: str) -> tuple:
     return path
 
 
-def validate_recipe(
+def validate(
+    schema: type[_Schema],
     value: dict[str, Any],
     origin: str,
     lines: dict[tuple, int] | None = None,
     overridden: set[tuple] | None = None,
-) -> Recipe:
-    """Check a parsed recipe; `lines` and `overridden` say where each key came from, for the message."""
+) -> _Schema:
+    """Check a parsed file; `lines` and `overridden` say where each key came from, for the message."""
     lines = lines or {}
     try:
-        return Recipe.model_validate(value)
+        return schema.model_validate(value)
     except ValidationError as error:
         errors = error.errors()
     # A misspelt key is also a missing one: what it should be called helps more.
     first = next((detail for detail in errors if detail["type"] == "extra_forbidden"), errors[0])
-    loc, message = tuple(first["loc"]), _explain(first)
+    loc, message = tuple(first["loc"]), _explain(first, schema)
     if not loc:  # a contradiction between sections: the message opens with the key
         dotted, _, message = message.partition(": ")
         loc = tuple(dotted.split("."))
@@ -193,10 +201,10 @@ def validate_recipe(
     raise RecipeError(f"{where}: {message}") from None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, schema: type[BaseModel]) -> str:
     loc, given = error["loc"], error.get("input")
     if error["type"] == "extra_forbidden":
-        return unknown_key(str(loc[-1]), _known_keys(loc[:-1]))
+        return unknown_key(str(loc[-1]), _known_keys(schema, loc[:-1]))
     if error["type"] == "missing":
         return "missing (required)"
     message = "must be a mapping of keys" if error["type"] == "model_type" else error["msg"]
@@ -205,8 +213,7 @@ def _explain(error: Any) -> str:
     return message if isinstance(given, (dict, list)) else f"{message} (got {_shortened(repr(given))})"
 
 
-def _known_keys(loc: tuple) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _known_keys(section: type[BaseModel], loc: tuple) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue

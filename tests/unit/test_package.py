@@ -17,8 +17,9 @@ from fvae_dist.adapter import FVAELoraConfig, FVAELoraModel, registration
 from tests.models import ARCHITECTURES, randomise, tiny_adapter, tiny_model, token_ids
 
 PACKAGE = Path(fvae_dist.__file__).parent
-# launch -> {benchmarking, evaluation, planning, training} -> adapter -> kernels. The top-level files may import any.
-LAYERS = ({"kernels"}, {"adapter"}, {"benchmarking", "evaluation", "planning", "training"}, {"cli"})
+# launch -> {benchmarking, comparison, evaluation, planning, training} -> adapter -> kernels. The top-level files may
+# import any.
+LAYERS = ({"kernels"}, {"adapter"}, {"benchmarking", "comparison", "evaluation", "planning", "training"}, {"cli"})
 FRESH_PROCESS = """
 import json, pickle, sys
 with open(sys.argv[1], "rb") as file:

@@ -1,0 +1,1 @@
+"""An honest comparison of PEFT methods: the same recipe, steps and number of trials for each of them."""
