@@ -38,13 +38,12 @@ ENVIRONMENT = {
 SLOW_TRAIN = '''\
 """launch/train.py, with a second's rest after each step while there is a file `slow`: time for the signal."""
 
-import sys
 import time
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from fvae_dist.cli import train_command
+from fvae_dist.cli import leave, train_command
 from fvae_dist.training import run
 
 
@@ -64,7 +63,7 @@ def build_slow_trainer(*args):
 
 
 run.build_trainer = build_slow_trainer
-sys.exit(train_command())
+leave(train_command())
 '''
 
 STAND_IN = '''\
