@@ -27,6 +27,7 @@ _FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. The river runs down to the sea. "
     "In the morning the market opens, and in the evening it closes again. "
 )
+_NEEDLE = "The secret number is"
 _QUESTION = "What is the secret number that the text above mentions? Answer with the number alone."
 
 
@@ -77,15 +78,15 @@ def filler_words(path: Path | None, option: str) -> list[str]:
         raise RecipeError(f"{option}: {path}: is no readable text: {error}") from None
     if not words:
         raise RecipeError(f"{option}: {path}: is empty")
-    if "The secret number is" in " ".join([*words, *words]):
-        raise RecipeError(f"{option}: {path}: holds 'The secret number is' itself")
+    if _NEEDLE in " ".join([*words, *words]):
+        raise RecipeError(f"{option}: {path}: holds '{_NEEDLE}' itself")
     return words
 
 
 def needle_prompt(words: list[str], num_words: int, depth: float, number: str, template: str, start: int = 0) -> str:
     """The prompt that asks for `number`, hidden at `depth` (0 to 1) of `num_words` of the filler, from word `start`."""
     text = [words[(start + i) % len(words)] for i in range(num_words)]
-    text.insert(round(depth * num_words), f"The secret number is {number}.")
+    text.insert(round(depth * num_words), f"{_NEEDLE} {number}.")
     return render_prompt(template, f"{' '.join(text)}\n\n{_QUESTION}")
 
 
