@@ -27,7 +27,7 @@ _GRACE_S = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `fvae-dist`."""
+    """Run the command that the first argument names; its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "train": train_command,
@@ -47,11 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     return commands[argv[0]](argv[1:])
 
 
+def run() -> NoReturn:
+    """The installed command `fvae-dist`."""
+    leave(main())
+
+
 def leave(code: int) -> NoReturn:
     """End this process with a finished command's code, past the interpreter's teardown.
 
-    There a thread of a process group that lets go of a Python object can end the process by SIGABRT ("terminate called
-    without an active exception"), and a run that has saved everything, to be requeued, would count as crashed.
+    There a thread of a process group that lets go of a tensor can end the process by SIGABRT ("terminate called without
+    an active exception", https://github.com/pytorch/pytorch/issues/190489), even after destroy_process_group, and a run
+    that has saved everything, to be requeued, would count as crashed.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

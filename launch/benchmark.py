@@ -1,8 +1,6 @@
 """Measure layers, training steps and attention: python launch/benchmark.py --help."""
 
-import sys
-
-from fvae_dist.cli import benchmark_command
+from fvae_dist.cli import benchmark_command, leave
 
 if __name__ == "__main__":
-    sys.exit(benchmark_command())
+    leave(benchmark_command())

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist.benchmarking.timing import synchronise
+from fvae_dist.cli import leave
 from fvae_dist.training.callbacks import peak_memory_gib
 from fvae_dist.training.process_group import ended_with
 from fvae_dist.training.run import start_process_group
@@ -109,3 +110,4 @@ def _arguments(folder: Path, asked: dict[str, Any]) -> SFTConfig:
 if __name__ == "__main__":
     with ended_with():
         main(Path(sys.argv[1]))
+    leave(0)

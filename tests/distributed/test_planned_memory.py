@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fvae_dist.cli import leave
 from fvae_dist.planning.hardware import GIB
 from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
@@ -200,19 +201,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_inputs(folder)
     processes = [_start(folder, rank) for rank in range(NUM_RANKS)]
     deadline = time.monotonic() + TIMEOUT_S
+    failed: dict[int, int] = {}  # rank -> code, before any is killed
     try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):  # the other would wait for it
-                break
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline and not failed:
             time.sleep(0.1)
+            failed = {rank: code for rank, process in enumerate(processes) if (code := process.poll())}
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    for rank, process in enumerate(processes):
-        if process.returncode:
-            pytest.fail(f"rank {rank} ended with {process.returncode}; its log ends\n{_log(folder, rank)[-3000:]}")
+        late = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        for rank in late:  # without the failed one it would wait
+            os.killpg(processes[rank].pid, signal.SIGKILL)
+            processes[rank].wait()
+    for rank in failed or late:
+        code = failed.get(rank, f"nothing in {TIMEOUT_S} s")
+        pytest.fail(f"rank {rank} ended with {code}; its log ends\n{_log(folder, rank)[-3000:]}")
     return folder
 
 
@@ -273,3 +274,4 @@ def test_memory_is_planned_within_a_tenth(finished, setting):
 
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    leave(0)

@@ -33,6 +33,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist import FVAETrainerMixin
+from fvae_dist.cli import leave
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
@@ -543,3 +544,4 @@ def main(folder: Path, rank: int, world_size: int, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    leave(0)

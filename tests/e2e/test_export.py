@@ -208,16 +208,15 @@ def test_full_disk_is_one_line_and_leaves_nothing(folders, refused, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "start", [["launch/export.py"], ["-m", "fvae_dist.cli", "export"]], ids=["launch", "fvae-dist"]
+    "program",
+    [["launch/export.py"], ["-c", "from fvae_dist.cli import run; run()", "export"]],
+    ids=["launch", "fvae-dist"],
 )
-def test_command_runs(start, folders, tmp_path):
-    program = [sys.executable, *start]
-    if start[0] == "-m":
-        program = [sys.executable, "-c", "import sys; from fvae_dist.cli import main; sys.exit(main())", "export"]
+def test_command_runs(program, folders, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     arguments = ["--adapter", str(folders / "linear"), "--format", "inference", "--out", str(tmp_path / "out")]
     options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT_S}
-    result = subprocess.run([*program, *arguments], check=False, **options)
+    result = subprocess.run([sys.executable, *program, *arguments], check=False, **options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
 

@@ -9,7 +9,6 @@ full      the disk of the output folder fills up, until two steps later
 
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +20,7 @@ import deepspeed  # noqa: F401
 import torch
 from transformers import TrainerCallback
 
-from fvae_dist.cli import train_command
+from fvae_dist.cli import leave, train_command
 from fvae_dist.training import run
 
 ROOT = Path(__file__).parents[2]
@@ -89,4 +88,4 @@ def train(arguments: list[str], log: str, faults: str, **environment: str) -> No
         return trainer
 
     run.build_trainer = build
-    sys.exit(train_command(arguments))
+    leave(train_command(arguments))
