@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from fvae_dist import arguments
-from fvae_dist.training.recipe import RecipeError, describe_recipe
+from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def train_command(argv: list[str] | None) -> int:
     complete checkpoint (start it again with --resume auto); anything else is a crash."""
     args = arguments.parse_train(argv)
     if args.help_recipe:
+        from fvae_dist.training.recipe_help import describe_recipe
+
         print(describe_recipe())
         return 0
     return _train(args)

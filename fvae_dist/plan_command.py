@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from fvae_dist.planning.traffic import Traffic, estimate_traffic
 from fvae_dist.training.data import prepare_data
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.fitting import Fit, fit_subject
+from fvae_dist.training.implementations import planned_attention
 from fvae_dist.training.modeling import check_lengths, load_config, load_tokenizer, plan_model
 from fvae_dist.training.planned import (
     deepspeed_configs,
@@ -31,6 +33,7 @@ from fvae_dist.training.planned import (
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 from fvae_dist.training.rope_scaling import describe_scaling
+from fvae_dist.training.sequence_parallel import check_shares
 
 _RECOMPUTES: tuple[Recompute, ...] = ("full", "selective", "none")
 
@@ -57,7 +60,8 @@ def make_plan(recipe: Recipe, args: argparse.Namespace) -> Plan:
     cluster = _cluster(args)
     config = load_config(recipe.model)
     check_lengths(recipe, config)
-    plan_model(recipe, config)  # both refuse what training would refuse
+    check_shares(recipe, config, cluster.world_size, planned_attention(recipe))
+    plan_model(recipe, config)  # they refuse what training would refuse
     subject = subject_of(recipe, config)
     load, notes = _load(recipe, args.epoch_tokens)
     if recipe.model.rope_scaling is not None:
@@ -121,8 +125,9 @@ def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
     load = Load(
         accumulation=training.gradient_accumulation_steps,
         sequences=training.per_device_train_batch_size,
-        mean_length=recipe.data.max_length,
+        mean_length=_part(recipe, recipe.data.max_length),
         epoch_tokens=epoch_tokens,
+        sequence_parallel=training.sequence_parallel,
     )
     if epoch_tokens is not None:
         return load, []
@@ -138,9 +143,13 @@ def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
     sequences, tokens = counts["num_sequences"], counts["num_tokens"]
     if not sequences:
         return load, []
-    return replace(
-        load, mean_length=max(1, round(tokens / sequences)), epoch_sequences=sequences, epoch_tokens=tokens
-    ), []
+    mean_length = _part(recipe, max(1, round(tokens / sequences)))
+    return replace(load, mean_length=mean_length, epoch_sequences=sequences, epoch_tokens=tokens), []
+
+
+def _part(recipe: Recipe, length: int) -> int:
+    """One GPU's part of a sequence."""
+    return math.ceil(length / recipe.training.sequence_parallel)
 
 
 def _variants(

@@ -28,6 +28,7 @@ from torch import Tensor
 
 HALF_BITS = 32
 HALF_MASK = 2**HALF_BITS - 1
+TOKEN_KEYS = "fvae_token_keys"  # in a batch that is a part of one: the keys its tokens have in the whole
 
 
 class Draws(NamedTuple):
@@ -91,13 +92,16 @@ class TokenNoise:
 
     Args:
         batch: `input_ids` (B, T) and, where it has them, 2-D `attention_mask` and `position_ids`. Positions that start
-            anew at 0 start another document (packing).
+            anew at 0 start another document (packing). Or TOKEN_KEYS (B, T), made of the rows that it is a part of.
         seed: of the run.
         step: optimizer step; every step has noise of its own.
     """
 
     def __init__(self, batch: Mapping[str, Any], seed: int, step: int):
-        self.keys = token_keys(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")).flatten()
+        keys = batch.get(TOKEN_KEYS)
+        if keys is None:
+            keys = token_keys(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+        self.keys = keys.flatten()
         self.seed = seed
         self.step = step
 

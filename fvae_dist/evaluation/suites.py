@@ -12,7 +12,8 @@ from fvae_dist.evaluation.gsm8k import gsm8k_tasks
 from fvae_dist.evaluation.needle import needle_tasks
 from fvae_dist.evaluation.perplexity import perplexity_tasks
 from fvae_dist.evaluation.tasks import Options, Task
-from fvae_dist.training.recipe import RecipeError, unknown_key
+from fvae_dist.training.recipe import RecipeError
+from fvae_dist.training.recipe_help import unknown_key
 
 SUITES = ("perplexity", "commonsense", "gsm8k", "needle", "groups")
 _LM_EVAL = "lm_eval:"

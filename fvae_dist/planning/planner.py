@@ -27,7 +27,8 @@ class Load:
 
     Attributes:
         accumulation: micro-steps of a step.
-        sequences, mean_length: of a micro-batch, for the time; memory is planned for the longest.
+        sequences, mean_length: of a micro-batch, for the time; memory is planned for the longest. With sequence
+            parallelism of one GPU's part; its exchange of tokens for heads is not counted.
         epoch_sequences, epoch_tokens: of one epoch over the data, None where it is not known.
     """
 
@@ -36,6 +37,7 @@ class Load:
     mean_length: int
     epoch_sequences: int | None = None
     epoch_tokens: int | None = None
+    sequence_parallel: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,7 +142,8 @@ def epoch_of(option: Option, cluster: Cluster, load: Load) -> Epoch | None:
     if load.epoch_tokens is None:
         return None
     if load.epoch_sequences is not None:
-        steps = math.ceil(load.epoch_sequences / (load.sequences * load.accumulation * cluster.world_size))
+        per_step = load.sequences * load.accumulation * cluster.world_size / load.sequence_parallel
+        steps = math.ceil(load.epoch_sequences / per_step)
     else:
         steps = math.ceil(load.epoch_tokens / (option.step.tokens * cluster.world_size))
     hours = steps * option.step.seconds / 3600

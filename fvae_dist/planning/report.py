@@ -126,6 +126,8 @@ def _planned(plan: Plan) -> str:
         f"step       {load.sequences} x {subject.settings.length:,} tokens a GPU, {load.accumulation} micro-step(s); "
         f"{subject.settings.attention}" + (", Liger" if subject.settings.liger else ""),
     ]
+    if load.sequence_parallel > 1:
+        lines.append(f"           each sequence shared by {load.sequence_parallel} GPUs")
     if load.mean_length != subject.settings.length:
         lines.append(
             f"           time for sequences of {load.mean_length:,} tokens, the data's mean; memory for the longest"

@@ -23,7 +23,8 @@ class Settings:
 
     Attributes:
         dtype: of the base: bfloat16, float16 or float32.
-        sequences, length: of one micro-batch on one GPU, at its longest.
+        sequences, length: of one micro-batch on one GPU, at its longest; with sequence parallelism of its part.
+        sequence_parallel: GPUs that share each sequence; in attention each has some heads of the whole.
         attention: flash_attention_2, sdpa or eager.
         liger: whether Liger's layers are used.
         fused_adapters: whether the fused kernels compute the adapters' VAEs that they can.
@@ -36,6 +37,7 @@ class Settings:
     attention: str = "flash_attention_2"
     liger: bool = False
     fused_adapters: bool = False
+    sequence_parallel: int = 1
     trust_remote_code: bool = False
 
     @property

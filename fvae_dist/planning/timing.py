@@ -98,7 +98,10 @@ def _layers(subject: Subject, choice: Choice, traces: LayerTraces, gpu: Gpu, len
             elementwise += count * times * of_others
         flops = trace.backward.attention_flops
         flops += trace.forward.attention_flops * (1 + (choice.recompute == "full"))
-        attention += count * flops / gpu.attention_flops(subject.settings.attention, length)
+        # Of sequences that are shared, a GPU has some heads of all tokens: the square of their number, not of its part.
+        flops *= subject.settings.sequence_parallel
+        rate = gpu.attention_flops(subject.settings.attention, length * subject.settings.sequence_parallel)
+        attention += count * flops / rate
     return products, elementwise, attention
 
 

@@ -70,18 +70,23 @@ def _model(prepared: Prepared) -> str:
 def _data(prepared: Prepared, world_size: int) -> str:
     recipe, report = prepared.recipe, prepared.data.report
     training = recipe.training
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
+    readers = world_size // training.sequence_parallel
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * readers
     sequences = len(prepared.data.train)
     per_epoch = math.ceil(sequences / batch)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
     lines = [
         f"{batch} sequences a step ({training.per_device_train_batch_size} a device x "
-        f"{training.gradient_accumulation_steps} accumulation x {world_size} devices)",
+        f"{training.gradient_accumulation_steps} accumulation x {readers} {_readers(training.sequence_parallel)})",
         f"{per_epoch} steps and {report['train']['num_tokens']:,} tokens an epoch; {steps} steps in all",
     ]
     for split, counts in report.items():
         lines.append(f"{split}: " + ", ".join(f"{key} {_shown(value)}" for key, value in counts.items()))
     return "\n".join(lines)
+
+
+def _readers(sequence_parallel: int) -> str:
+    return "devices" if sequence_parallel == 1 else f"groups of {sequence_parallel} devices"
 
 
 def _shown(value: Any) -> str:

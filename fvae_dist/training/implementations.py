@@ -18,9 +18,11 @@ _CUDNN_CAPABILITIES, _CUDNN_VERSION = ((9, 0), (10, 0)), 90900
 
 
 def rows_of(recipe: Recipe) -> Rows:
-    """What a micro-batch of the recipe's training data is like."""
+    """What attention must know of a micro-batch of the recipe's training data."""
     if recipe.data.packing:
         return "packed"
+    if recipe.training.sequence_parallel > 1:
+        return "single"  # padded on the right alone, and Ulysses passes no mask
     return "single" if recipe.training.per_device_train_batch_size == 1 else "padded"
 
 

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
-from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, unknown_key
+from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
+from fvae_dist.training.recipe_help import unknown_key
 from fvae_dist.training.rope_scaling import apply_rope_scaling, check_scaled, positions_of
 
 logger = logging.getLogger(__name__)

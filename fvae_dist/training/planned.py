@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def subject_of(
     settings = Settings(
         dtype=section.dtype,
         sequences=training.per_device_train_batch_size,
-        length=recipe.data.max_length,
+        length=math.ceil(recipe.data.max_length / training.sequence_parallel),
+        sequence_parallel=training.sequence_parallel,
         attention=attention or planned_attention(recipe),
         liger=planned_liger(recipe, config) if liger is None else liger,
         fused_adapters=training.use_cpu is not True and section.dtype == "bfloat16" and is_triton_available(),

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fvae_dist.training.recipe import Recipe, RecipeError, section_of, unknown_key
+from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.recipe_help import section_of, unknown_key
 
 _Schema = TypeVar("_Schema", bound=BaseModel)
 _MAX_NODES = 100_000  # a recipe has a hundred; aliases of aliases of aliases can expand to billions

@@ -172,8 +172,7 @@ class ResumableTrainerMixin(_TrainerBase):
         }
 
     def _global_batch_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.get_total_train_batch_size(self.args)
 
     def train(self, *args: Any, **kwargs: Any):
         try:

@@ -54,6 +54,7 @@ from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_trainer import RecipeTrainer
 from fvae_dist.training.rope_scaling import describe_scaling, settings_of
+from fvae_dist.training.sequence_parallel import check_shares
 from fvae_dist.training.throughput import peak_tflops
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 
@@ -116,6 +117,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
         check_weights(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)
+    check_shares(recipe, config, world_size, attention)
     plan = plan_model(recipe, config)
     is_builder = _env_int("LOCAL_RANK", 0) == 0
     data = prepare_data(
@@ -193,6 +195,8 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "use_liger_kernel",
             "side_loss_tokens",
             "stall_timeout_s",
+            "sequence_parallel",
+            "activation_offload",
         }
     )
     return SFTConfig(
@@ -200,6 +204,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         gradient_checkpointing=prepared.fit.recompute != "none",
         gradient_checkpointing_kwargs={"selective": True} if prepared.fit.recompute == "selective" else None,
         use_liger_kernel=prepared.liger,
+        activation_offloading=recipe.training.activation_offload and not prepared.use_cpu,
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
         data_seed=training.seed,
@@ -260,6 +265,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
         telemetry=recipe.logging.telemetry,
         gradient_split_every=recipe.logging.gradient_split_every,
         resident_weights=prepared.fit.resident,
+        sequence_parallel=recipe.training.sequence_parallel,
         base_fingerprint=prepared.base_fingerprint,
         rope_scaling=recipe.model.rope_scaling,
     )

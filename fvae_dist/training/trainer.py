@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.trainer_utils import has_length
 
 from fvae_dist.adapter import FVAELinear, side_loss
-from fvae_dist.adapter.noise import TokenNoise
+from fvae_dist.adapter.noise import TOKEN_KEYS, TokenNoise
 from fvae_dist.training.batches import (
     COUNTED,
     LENGTHS,
@@ -37,6 +37,7 @@ from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
 from fvae_dist.training.resident import make_resident
 from fvae_dist.training.saving import save_adapter
+from fvae_dist.training.sequence_parallel import SequenceParallelMixin
 from fvae_dist.training.walks import WalkOnceMixin
 from fvae_dist.training.zero3 import drop_stale_forward_stack, treat_vaes_as_leaves
 
@@ -45,7 +46,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss of a micro-step is NaN or infinite; raised on every rank before any gradient of it exists."""
 
 
-class FVAETrainerMixin(WalkOnceMixin):
+class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
     """Mix in before the trainer class. Adds the side loss, the checks around it, fp32 adapter saving, and its logs.
 
     Logged beside the trainer's own keys, every `logging_steps`: loss/total, loss/task, loss/neg_elbo,
@@ -156,9 +157,10 @@ class FVAETrainerMixin(WalkOnceMixin):
         if batch_samples and loss_is_normalised and self.accelerator.gradient_state.end_of_dataloader:
             size = self.args.per_device_train_batch_size
             # Not accelerate's remainder: it does not know it after a resume in mid-epoch.
-            remainder = len(self.train_dataset) % (size * self.args.world_size) if has_length(self.train_dataset) else 0
+            remainder = len(self.train_dataset) % (size * self.num_readers) if has_length(self.train_dataset) else 0
             if remainder:
-                drop_fillers(batch_samples[-1], min(max(remainder - self.args.process_index * size, 0), size))
+                drop_fillers(batch_samples[-1], min(max(remainder - self.reader * size, 0), size))
+        self.cut(batch_samples)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
@@ -206,7 +208,7 @@ class FVAETrainerMixin(WalkOnceMixin):
             return (result[0], None, result[1]) if return_outputs else (result, None, None)
         mask = inputs[COUNTED] if COUNTED in inputs else token_mask_of(inputs, self.side_loss_tokens)
         with_terms = window is not None and self.telemetry and self._will_log()
-        noise = TokenNoise(clean, seed=self.args.seed, step=self.state.global_step)
+        noise = TokenNoise(inputs, seed=self.args.seed, step=self.state.global_step)
         with side_loss.collect(self.model, token_mask=mask, terms=with_terms, noise=noise) as collected:
             result = super().compute_loss(model, clean, return_outputs, num_items_in_batch)
         task, outputs = result if return_outputs else (result, None)
@@ -249,7 +251,8 @@ class FVAETrainerMixin(WalkOnceMixin):
         if not bool(flags.any()):
             return
         ranks = flags.nonzero().flatten().tolist()
-        found = find_records(self.train_dataset, inputs["input_ids"]) if self.args.process_index in ranks else []
+        whole = self.whole_rows(inputs["input_ids"])
+        found = find_records(self.train_dataset, whole) if self.args.process_index in ranks else []
         # All ranks learn the records: the first to exit makes the launcher kill the others, message and all.
         records = dict(gather_object([(self.args.process_index, found)]))
         where = "; ".join(f"rank {rank} was at training records {records[rank]}" for rank in ranks)
@@ -326,7 +329,7 @@ class FVAETrainerMixin(WalkOnceMixin):
 
 
 def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key not in (COUNTED, LENGTHS)}
+    return {key: value for key, value in inputs.items() if key not in (COUNTED, LENGTHS, TOKEN_KEYS)}
 
 
 def _keep_ddp_from_guessing(trainer_args: Any) -> None:

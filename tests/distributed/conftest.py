@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from tests.distributed.layouts import LAYOUTS, one_process
+from tests.distributed.layouts import LAYOUTS, SEQUENCE_PARALLEL, one_process
 from tests.distributed.resident import FUSED
 from tests.distributed.resident import LAYOUTS as RESIDENT_LAYOUTS
 from tests.distributed.tiny import rows, write_large_model, write_model
@@ -28,6 +28,8 @@ NUM_RANKS = 2
 SCENARIOS = (
     "loading",
     *LAYOUTS,
+    *SEQUENCE_PARALLEL,
+    "sp_resident",
     "offload",
     "hpz",
     *(f"resident_{layout}" for layout in RESIDENT_LAYOUTS),

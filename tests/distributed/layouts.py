@@ -51,6 +51,14 @@ LAYOUTS: dict[str, tuple[str, Any, str, str, str]] = {
     "ddp_plain_full": ("plain", "ddp", "full", "4x1", "right"),
     "ddp_sft_selective_free": ("sft", "ddp", "selective", "1x4", "padding_free"),
 }
+# The same step with two ranks sharing each row.
+SEQUENCE_PARALLEL: dict[str, tuple[str, Any, str, str, str]] = {
+    "sp_z3_sft_full": ("sft", 3, "full", "2x4", "right"),
+    "sp_z3_sft_off": ("sft", 3, "off", "1x6", "packed"),
+    "sp_z3_plain_full": ("plain", 3, "full", "4x2", "wide"),
+    "sp_z2_sft_full": ("sft", 2, "full", "1x6", "packed"),
+    "sp_z2_plain_off": ("plain", 2, "off", "1x7", "right"),
+}
 IMPOSSIBLE = {
     ("plain", "selective"): "transformers has no selective checkpointing",
     (3, "selective"): "TRL refuses it under ZeRO-3",
@@ -109,7 +117,7 @@ def collator(form: str) -> Any:
 
 def settings(layout: str) -> dict[str, Any]:
     """What `worker.Run` takes."""
-    trainer, stage, checkpointing, batch, form = LAYOUTS[layout]
+    trainer, stage, checkpointing, batch, form = (LAYOUTS | SEQUENCE_PARALLEL)[layout]
     micro_batch, accumulation = map(int, batch.split("x"))
     if form == "packed" and micro_batch > 1:
         micro_batch //= 2  # three sequences hold the seven documents
@@ -127,6 +135,7 @@ def settings(layout: str) -> dict[str, Any]:
         "form": form,
         "rows": training_rows(form),
         "arguments": arguments,
+        "trainer_arguments": {"sequence_parallel": 2} if layout in SEQUENCE_PARALLEL else {},
     }
 
 

@@ -54,7 +54,9 @@ class GatherCounts(TrainerCallback):
 def one_step(run_class: Any, folder: Path, layout: str) -> dict[str, Any]:
     """A layout's step with resident weights, the gradients of task and side loss apart in one of them."""
     arguments = RESIDENT | ({"gradient_split_every": 1} if layout == "z3_sft_off" else {})
-    return run_class(folder, f"resident_{layout}", **layouts.settings(layout), trainer_arguments=arguments).train()
+    return run_class(
+        folder, f"resident_{layout}", **layouts.settings(layout) | {"trainer_arguments": arguments}
+    ).train()
 
 
 def fused_step(run_class: Any, folder: Path, name: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -266,6 +267,8 @@ class Run:
         engine = getattr(self.trainer, "deepspeed", None)
         if engine is not None:
             engine.destroy()
+        parallel_state_sp._release_sequence_parallel_groups()
+        groups.mpu = None
         self.trainer = self.watch = None
         gc.collect()
 
@@ -341,6 +344,12 @@ def whole_run(folder: Path) -> dict[str, Any]:
 def gradient_split(folder: Path) -> dict[str, Any]:
     """A layout's step again, with the gradients of task and side loss apart."""
     return one_step(folder, "z3_sft_off", trainer_arguments={"gradient_split_every": 1})
+
+
+def resident_shares(folder: Path) -> dict[str, Any]:
+    """Two ranks sharing each row, with resident weights and the gradients of task and side loss apart."""
+    arguments = {"sequence_parallel": 2, "resident_weights": True, "gradient_split_every": 1}
+    return one_step(folder, "sp_z3_sft_full", trainer_arguments=arguments)
 
 
 def five_steps(folder: Path) -> dict[str, Any]:
@@ -497,10 +506,11 @@ def non_finite(folder: Path) -> None:
 
 SCENARIOS: dict[str, Any] = {
     "loading": loading,
-    **{layout: partial(one_step, layout=layout) for layout in layouts.LAYOUTS},
+    **{layout: partial(one_step, layout=layout) for layout in (*layouts.LAYOUTS, *layouts.SEQUENCE_PARALLEL)},
     "offload": partial(one_step, layout="z3_sft_full", config="zero3_cpu_offload.json"),
     "hpz": partial(one_step, layout="z3_sft_full", config="zero3_hpz.json", zero={"zero_hpz_partition_size": 2}),
     **{name: partial(scenario, Run) for name, scenario in resident.SCENARIOS.items()},
+    "sp_resident": resident_shares,
     "whole_run": whole_run,
     "gradient_split": gradient_split,
     "five_steps": five_steps,

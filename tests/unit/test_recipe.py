@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from fvae_dist.adapter.config import FVAELoraConfig
-from fvae_dist.training.recipe import Recipe, RecipeError, TrainingSection, describe_recipe
+from fvae_dist.training.recipe import Recipe, RecipeError, TrainingSection
 from fvae_dist.training.recipe_file import load_recipe, parse_yaml
+from fvae_dist.training.recipe_help import describe_recipe
 from tests.recipes import recipe_values, write_recipe
 
 RECIPE = """\
