@@ -36,6 +36,7 @@ def optimizer_state(model: nn.Module, optimizer: Any, keep: bool) -> tuple[dict[
         ValueError: no step has been taken yet, or the optimizer is not Adam's kind.
     """
     zero, base = _unwrap(optimizer)
+    _link_fragments(zero)
     moments = {}
     for name, parameter in trainable(model):
         for moment in MOMENTS:
@@ -65,11 +66,20 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, moments: dict[str, Te
             if value is None or value.shape != _shape(parameter):
                 raise ValueError(f"optimizer state: {moment} of {name} is missing or has another shape")
     _make_states(zero, base, step)
-    if zero is not None and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2 link fragments at their first step
+    _link_fragments(zero)
     for name, parameter in trainable(model):
         for moment in MOMENTS:
             _set(parameter, zero, base, moment, moments[f"{moment}/{name}"])
+
+
+def _link_fragments(zero: Any) -> None:
+    """Link each parameter to its part of the states, again.
+
+    DeepSpeed's stages 1 and 2 do it once, when the first of their groups has stepped and the others have no state yet.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _set(parameter: Any, zero: Any, base: Any, moment: str, value: Tensor) -> None:

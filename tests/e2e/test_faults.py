@@ -93,11 +93,29 @@ def test_packed_run_goes_on_bit_for_bit(tmp_path):
     assert place.is_right(tmp_path / "resumed")
 
 
-def test_two_ranks_go_on_as_four(tmp_path):
-    """And with half the accumulation. 1 to 2 and 2 to 1: tests/distributed/test_two_ranks.py."""
-    place = Place(tmp_path, Layout(num_ranks=2, deepspeed="zero3"))
-    four = Layout(num_ranks=4, accumulation=1, deepspeed="zero3")
-    assert resumed_in(place, four, tmp_path / "four") < 1e-5
+@pytest.fixture(scope="module")
+def place_of_two(tmp_path_factory) -> Place:
+    """On two ranks, under ZeRO-3."""
+    return Place(tmp_path_factory.mktemp("two"), Layout(num_ranks=2, deepspeed="zero3"))
+
+
+@pytest.mark.parametrize("sequence_parallel", [1, 2, 4])
+def test_two_ranks_go_on_as_four(place_of_two, sequence_parallel):
+    """And with half the accumulation; as two groups that share their rows; as one, whose four ranks share two key-value
+    heads. 1 to 2 and 2 to 1: tests/distributed/test_two_ranks.py."""
+    four = Layout(num_ranks=4, accumulation=1, deepspeed="zero3", sequence_parallel=sequence_parallel)
+    output = place_of_two.folder / f"shared_by_{sequence_parallel}"
+    assert resumed_in(place_of_two, four, output) < 1e-5
+
+
+def test_shared_rows_go_on_unshared(place_of_two):
+    shared = Layout(num_ranks=2, accumulation=1, deepspeed="zero2", sequence_parallel=2)
+    output = place_of_two.folder / "shared"
+    place_of_two.complete(output, layout=shared)
+    assert place_of_two.difference(output) < 1e-5
+    shutil.copytree(output / "checkpoint-6", place_of_two.folder / "unshared" / "checkpoint-6")
+    run = place_of_two.complete(place_of_two.folder / "unshared", resume=True)
+    assert run.resumed_at == 6 and place_of_two.difference(place_of_two.folder / "unshared") < 1e-5
 
 
 def test_token_of_the_user_is_written_nowhere(place):

@@ -14,6 +14,7 @@ LAYOUTS = (
     Layout(num_ranks=2),
     Layout(num_ranks=2, deepspeed="zero3"),
     Layout(num_ranks=4, accumulation=1, deepspeed="zero3"),
+    Layout(num_ranks=2, deepspeed="zero3", sequence_parallel=2),
 )
 
 

@@ -101,14 +101,16 @@ class Layout:
     num_ranks: int = 1
     accumulation: int = 2
     deepspeed: str | None = None
+    sequence_parallel: int = 1
 
     def __str__(self) -> str:
-        return f"{self.num_ranks} x {self.rows} x {self.accumulation}, {self.deepspeed or 'DDP'}"
+        shared = f", rows shared by {self.sequence_parallel}" if self.sequence_parallel > 1 else ""
+        return f"{self.num_ranks} x {self.rows} x {self.accumulation}, {self.deepspeed or 'DDP'}{shared}"
 
     @property
     def rows(self) -> int:
         """Of a micro-batch."""
-        return 4 // (self.num_ranks * self.accumulation)
+        return 4 * self.sequence_parallel // (self.num_ranks * self.accumulation)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -118,6 +120,7 @@ class Layout:
             f"training.per_device_train_batch_size={self.rows}",
             f"training.gradient_accumulation_steps={self.accumulation}",
             f"training.deepspeed={config}",
+            f"training.sequence_parallel={self.sequence_parallel}",
         )
 
 
