@@ -214,6 +214,11 @@ class TrainingSection(Section):
         description="Keep what the backward pass needs in pinned host memory, copied beside the computation (on a "
         "GPU). With recompute full: each layer's input.",
     )
+    tiled_mlp: bool = Field(
+        False,
+        description="Run MLPs over tiles of as many tokens as the model is wide: their memory no longer grows with the "
+        "row, for one more forward pass of them. For long rows; not with adapters in MLPs.",
+    )
     dataloader_num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
 
     @field_validator("max_steps")

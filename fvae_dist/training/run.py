@@ -56,6 +56,7 @@ from fvae_dist.training.recipe_trainer import RecipeTrainer
 from fvae_dist.training.rope_scaling import describe_scaling, settings_of
 from fvae_dist.training.sequence_parallel import check_shares
 from fvae_dist.training.throughput import peak_tflops
+from fvae_dist.training.tiled_mlp import tile_mlps
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 
 logger = logging.getLogger(__name__)
@@ -197,6 +198,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "stall_timeout_s",
             "sequence_parallel",
             "activation_offload",
+            "tiled_mlp",
         }
     )
     return SFTConfig(
@@ -246,6 +248,8 @@ def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
     base = load_base_model(prepared.recipe, prepared.config, prepared.attention)
     transformers.set_seed(args.seed)
     model = attach_adapter(base, prepared.recipe.adapter)
+    if prepared.recipe.training.tiled_mlp:
+        tile_mlps(model, zero3=zero_stage(prepared.deepspeed) == 3 and not prepared.fit.resident)
     if prepared.deepspeed is not None:
         # The same dict that accelerate will hand to deepspeed.initialize.
         size_for_adapter(args.hf_deepspeed_config.config, prepared.plan.trainable_sizes, prepared.plan.base_sizes)

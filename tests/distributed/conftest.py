@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from tests.distributed.layouts import LAYOUTS, SEQUENCE_PARALLEL, one_process
+from tests.distributed.layouts import LAYOUTS, SEQUENCE_PARALLEL, TILED, one_process
 from tests.distributed.resident import FUSED
 from tests.distributed.resident import LAYOUTS as RESIDENT_LAYOUTS
 from tests.distributed.tiny import rows, write_large_model, write_model
@@ -30,6 +30,7 @@ SCENARIOS = (
     *LAYOUTS,
     *SEQUENCE_PARALLEL,
     "sp_resident",
+    *TILED,
     "offload",
     "hpz",
     *(f"resident_{layout}" for layout in RESIDENT_LAYOUTS),

@@ -59,6 +59,8 @@ SEQUENCE_PARALLEL: dict[str, tuple[str, Any, str, str, str]] = {
     "sp_z2_sft_full": ("sft", 2, "full", "1x6", "packed"),
     "sp_z2_plain_off": ("plain", 2, "off", "1x7", "right"),
 }
+# With MLPs over tiles of tokens; see worker.py.
+TILED = ("tiled", "tiled_sp")
 IMPOSSIBLE = {
     ("plain", "selective"): "transformers has no selective checkpointing",
     (3, "selective"): "TRL refuses it under ZeRO-3",

@@ -15,7 +15,16 @@ pytestmark = pytest.mark.distributed
 
 RTOL = 1e-5  # fp32: sums over tokens and ranks are added in another order
 RESIDENT = [f"resident_{layout}" for layout in resident.LAYOUTS]
-LAYOUTS = [*layouts.LAYOUTS, "offload", "hpz", *layouts.SEQUENCE_PARALLEL, "sp_resident", *RESIDENT, *resident.FUSED]
+LAYOUTS = [
+    *layouts.LAYOUTS,
+    "offload",
+    "hpz",
+    *layouts.SEQUENCE_PARALLEL,
+    "sp_resident",
+    *layouts.TILED,
+    *RESIDENT,
+    *resident.FUSED,
+]
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.resumable import ResumableTrainerMixin
+from fvae_dist.training.tiled_mlp import tile_mlps
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 from tests.distributed import layouts, resident
 from tests.distributed.tiny import attach, load, pad_rows, rows
@@ -330,6 +331,11 @@ def one_step(folder: Path, layout: str, **overrides: Any) -> dict[str, Any]:
     return {key: result[key] for key in ("gradients", "log", "seen", "stage", "checkpointing", "start", "final")}
 
 
+def tiled(folder: Path, layout: str) -> dict[str, Any]:
+    """MLPs over tiles of 16 tokens, their sharded weights gathered once for all tiles of a row."""
+    return one_step(folder, layout, prepare_model=partial(tile_mlps, zero3=True))
+
+
 def whole_run(folder: Path) -> dict[str, Any]:
     """Two epochs over 11 documents, 4 a step: the second epoch's order, its last step of 3, noise and dropout on."""
     arguments = {
@@ -511,6 +517,8 @@ SCENARIOS: dict[str, Any] = {
     "hpz": partial(one_step, layout="z3_sft_full", config="zero3_hpz.json", zero={"zero_hpz_partition_size": 2}),
     **{name: partial(scenario, Run) for name, scenario in resident.SCENARIOS.items()},
     "sp_resident": resident_shares,
+    "tiled": partial(tiled, layout="z3_sft_full_wide"),
+    "tiled_sp": partial(tiled, layout="sp_z3_sft_off"),
     "whole_run": whole_run,
     "gradient_split": gradient_split,
     "five_steps": five_steps,

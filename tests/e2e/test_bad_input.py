@@ -104,6 +104,7 @@ def test_what_is_no_recipe(refused, text, line):
         ("adapter.target_modules=[nope]", "adapter.target_modules: 'nope' matches no module"),
         ("training.deepspeed=nowhere.json", "training.deepspeed: nowhere.json: no such file or directory"),
         ("training.deepspeed=.", "training.deepspeed: .: is a directory"),
+        ("training.sequence_parallel=2", "training.sequence_parallel: 2: needs training.deepspeed"),
         ("training.output_dir=data.jsonl", "training.output_dir: data.jsonl is a file, not a folder"),
         ("training.output_dir=data.jsonl/run", "training.output_dir: "),
         ("training.output_dir=/proc/nowhere/run", "training.output_dir: cannot make /proc/nowhere/run"),

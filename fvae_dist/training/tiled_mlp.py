@@ -1,0 +1,64 @@
+"""MLPs over a tile of tokens at a time: DeepSpeed's TiledMLP, for rows of hundreds of thousands of tokens.
+
+The gated unit keeps tensors of T x intermediate_size for its backward pass, the largest of a decoder layer. A tile's
+are made, used and dropped before the next one's, for one more forward pass of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fvae_dist.training.recipe import RecipeError
+
+
+def tile_mlps(model: nn.Module, zero3: bool) -> int:
+    """Make every gated MLP of the model work over tiles of as many tokens as its input is wide; how many there are.
+
+    Args:
+        model: with its adapters; before deepspeed.initialize.
+        zero3: whether the MLPs' weights are sharded and gathered.
+
+    Raises:
+        RecipeError: there are none, or something is trained in them: an adapter must see the tokens of a batch at once.
+    """
+    mlps = {name: module for name, module in model.named_modules() if _is_gated(module)}
+    if not mlps:
+        raise RecipeError("training.tiled_mlp: this model has no MLP of gate_proj, up_proj and down_proj")
+    for name, mlp in mlps.items():
+        if any(parameter.requires_grad for parameter in mlp.parameters()):
+            raise RecipeError(f"training.tiled_mlp: {name} is trained; leave MLPs out of adapter.target_modules")
+        mlp.forward = _tiled(mlp, mlp.forward)
+    if zero3:  # one gather for all tiles: ranks whose rows differ in length would not gather equally often
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps.values()}))
+    return len(mlps)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def _tiled(mlp: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+    def of_tile(_: nn.Module, x: Tensor) -> Tensor:
+        # In the backward pass, where hooks that offload activations must not take a tile's.
+        with saved_tensors_hooks(_same, _same):
+            return forward(x)
+
+    def tiled(x: Tensor) -> Tensor:
+        tiles = math.ceil(x.shape[-2] / x.shape[-1])
+        return TiledMLP.apply(of_tile, mlp, x, tiles, []) if tiles > 1 else forward(x)
+
+    return tiled
+
+
+def _same(tensor: torch.Tensor) -> Any:
+    return tensor
