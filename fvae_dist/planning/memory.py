@@ -17,6 +17,8 @@ from fvae_dist.planning.subject import LayerTraces, Subject
 
 # TRL 1.16, kernels/chunked_logprob.py and trainer/utils.py: logits are made in tiles of so many tokens and words.
 _LOSS_TOKENS, _LOSS_WORDS = 4096, 32768
+# Its models/activation_offloading.py keeps so many tensors until their copies are in host memory.
+_STASHED_TENSORS = 5
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,15 @@ def estimate_moments(
 
 
 def host_memory_gib(subject: Subject, choice: Choice, world_size: int, gpus_per_node: int) -> float:
-    """Host memory of one node for weights that are offloaded to it."""
-    if choice.offload != "cpu":
-        return 0.0
-    return subject.base_parameters * subject.settings.bytes_per_weight * min(gpus_per_node / world_size, 1.0) / GIB
+    """Host memory of one node for what is offloaded to it: weights, what the backward pass needs."""
+    weights = activations = 0.0
+    if choice.offload == "cpu":
+        weights = subject.base_parameters * subject.settings.bytes_per_weight * min(gpus_per_node / world_size, 1.0)
+    if subject.settings.activation_offload:
+        kept = _checkpoint_bytes(subject, choice) * subject.num_layers
+        kept += _saved_by_all(subject, choice, subject.traces(choice.gathers), "whole", subject.num_layers)
+        activations = kept * min(gpus_per_node, world_size)
+    return (weights + activations) / GIB
 
 
 def _always(subject: Subject, choice: Choice, world_size: int) -> dict[str, float]:
@@ -104,15 +111,26 @@ def _always(subject: Subject, choice: Choice, world_size: int) -> dict[str, floa
     width = subject.settings.bytes_per_weight
     base = subject.base_parameters * width
     shard = base / world_size if choice.gathers else base
-    layer = subject.traces(choice.gathers).whole
-    kept = {"none": 0, "full": layer.input_bytes, "selective": layer.input_bytes + layer.attention_bytes}
     return {
         "base_weights": 0.0 if choice.offload else shard + _persistent(subject, choice, world_size),
         "hpz_copy": base / choice.hpz if choice.hpz > 1 else 0.0,
         "adapter_states": adapter_bytes(subject, choice, world_size),
-        "checkpoints": kept[choice.recompute] * subject.num_layers,
+        "checkpoints": _checkpoint_bytes(subject, choice) * _layers_kept(subject),
         "communication": _buckets(subject, choice, world_size),
     }
+
+
+def _checkpoint_bytes(subject: Subject, choice: Choice) -> float:
+    """What recomputation of one layer starts from."""
+    layer = subject.traces(choice.gathers).whole
+    return {"none": 0, "full": layer.input_bytes, "selective": layer.input_bytes + layer.attention_bytes}[
+        choice.recompute
+    ]
+
+
+def _layers_kept(subject: Subject) -> int:
+    """Layers whose checkpoint is on the device at a time."""
+    return min(subject.num_layers, _STASHED_TENSORS) if subject.settings.activation_offload else subject.num_layers
 
 
 def adapter_bytes(subject: Subject, choice: Choice, world_size: int) -> float:
@@ -199,7 +217,13 @@ def _layers_peak(subject: Subject, choice: Choice, traces: LayerTraces, which: s
 
 
 def _saved_by_others(subject: Subject, choice: Choice, traces: LayerTraces, which: str, num_layers: int) -> float:
-    """What `num_layers` layers that are not at work keep beside their checkpoints."""
+    """What `num_layers` layers that are not at work keep on the device beside their checkpoints."""
+    if subject.settings.activation_offload:  # a few tensors: of one layer, at most
+        num_layers = min(num_layers, 1)
+    return _saved_by_all(subject, choice, traces, which, num_layers)
+
+
+def _saved_by_all(subject: Subject, choice: Choice, traces: LayerTraces, which: str, num_layers: int) -> float:
     if choice.recompute != "none":
         return 0.0
     adapted = min(subject.adapted_layers, num_layers) if which != "bare" else 0

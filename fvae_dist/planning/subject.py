@@ -28,6 +28,7 @@ class Settings:
         attention: flash_attention_2, sdpa or eager.
         liger: whether Liger's layers are used.
         fused_adapters: whether the fused kernels compute the adapters' VAEs that they can.
+        activation_offload: whether what the backward pass needs is in host memory meanwhile.
         trust_remote_code: for models that bring their own code.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     liger: bool = False
     fused_adapters: bool = False
     sequence_parallel: int = 1
+    activation_offload: bool = False
     trust_remote_code: bool = False
 
     @property
@@ -132,16 +134,22 @@ class Subject:
         return LayerTraces(bare=without, adapted=whole, whole=whole, is_eager=True)
 
 
-def describe(config: PretrainedConfig, settings: Settings, attach: Attach) -> Subject:
+def describe(
+    config: PretrainedConfig, settings: Settings, attach: Attach, change: Callable[[nn.Module], object] | None = None
+) -> Subject:
     """Build base and adapter on the meta device and measure them.
 
     Args:
         attach: freezes the base it is given, injects the adapter and returns the PEFT model.
+        change: changes the base in place, before.
 
     Raises:
         PlanError: the model has no list of decoder layers.
     """
     bare, adapted = _build(config, settings), _build(config, settings)
+    if change is not None:
+        change(bare)
+        change(adapted)
     adapted = attach(adapted).train()
     base = base_of(adapted)
     text_config = config.get_text_config()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_
 from fvae_dist.training.implementations import planned_attention, planned_liger
 from fvae_dist.training.modeling import attach_adapter
 from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.tiled_mlp import tile_mlps
 
 WITHOUT_DEEPSPEED = "null"
 
@@ -36,6 +38,7 @@ def subject_of(
         sequences=training.per_device_train_batch_size,
         length=math.ceil(recipe.data.max_length / training.sequence_parallel),
         sequence_parallel=training.sequence_parallel,
+        activation_offload=training.activation_offload,
         attention=attention or planned_attention(recipe),
         liger=planned_liger(recipe, config) if liger is None else liger,
         fused_adapters=training.use_cpu is not True and section.dtype == "bfloat16" and is_triton_available(),
@@ -45,7 +48,7 @@ def subject_of(
     def attach(model: nn.Module) -> nn.Module:
         return attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
 
-    return describe(config, settings, attach)
+    return describe(config, settings, attach, partial(tile_mlps, zero3=False) if training.tiled_mlp else None)
 
 
 def choice_of(
