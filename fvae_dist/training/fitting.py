@@ -99,8 +99,6 @@ def fit_subject(
 
 def check_asked(recipe: Recipe, deepspeed: dict[str, Any] | None) -> None:
     """RecipeError for what was asked for and cannot be."""
-    if recipe.training.recompute == "selective" and zero_stage(deepspeed) == 3:
-        raise RecipeError("training.recompute: selective: TRL refuses it under ZeRO-3; use full or none, or stage 2")
     if recipe.training.resident_weights is True and _as_choice(deepspeed).offload:
         raise RecipeError(
             f"training.resident_weights: true contradicts offload_param in {recipe.training.deepspeed}: the frozen "
@@ -149,8 +147,8 @@ def _candidates(recipe: Recipe, deepspeed: dict[str, Any] | None) -> Iterator[tu
     """The fastest first. Recomputation costs half as much again of a step's arithmetic, more than gathers do."""
     recomputes: list[Recompute] = ["none", "selective", "full"]
     for recompute in recomputes:
-        if recompute == "selective" and zero_stage(deepspeed) == 3:
-            continue
+        if recompute == "selective" and zero_stage(deepspeed) == 3 and recipe.training.recompute == "auto":
+            continue  # equal on CPU, not measured on a GPU yet
         if recipe.training.recompute in ("auto", recompute):
             yield from ((recompute, resident) for resident in _residencies(recipe, deepspeed))
 

@@ -14,10 +14,10 @@ from transformers.utils.import_utils import is_triton_available
 
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.subject import Settings, Subject, describe
-from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
+from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
 from fvae_dist.training.implementations import planned_attention, planned_liger
 from fvae_dist.training.modeling import attach_adapter
-from fvae_dist.training.recipe import Recipe, RecipeError
+from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.tiled_mlp import tile_mlps
 
 WITHOUT_DEEPSPEED = "null"
@@ -83,8 +83,6 @@ def make_choice(
     training = recipe.training.model_copy(update={"deepspeed": None if name == WITHOUT_DEEPSPEED else name})
     changed = recipe.model_copy(update={"training": training})
     deepspeed = load_deepspeed_config(changed, world_size, gpus_per_node)
-    if recompute == "selective" and zero_stage(deepspeed) == 3:
-        raise RecipeError("TRL refuses selective recomputation under ZeRO-3")
     return choice_of(changed, subject, deepspeed, recompute, resident)
 
 

@@ -180,8 +180,8 @@ class TrainingSection(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0: no clipping.")
     recompute: Literal["auto", "none", "selective", "full"] = Field(
         "auto",
-        description="What of each decoder layer the backward pass computes again: nothing, all but attention (not "
-        "under ZeRO-3), or all. auto: the least that fits by the planner's estimate; full where the device's memory is "
+        description="What of each decoder layer the backward pass computes again: nothing, all but attention, "
+        "or all. auto: the least that fits by the planner's estimate; full where the device's memory is "
         "not known (CPU).",
     )
     resident_weights: Literal["auto"] | bool = Field(

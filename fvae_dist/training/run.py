@@ -15,6 +15,7 @@ import transformers
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
+from trl.models import enable_selective_activation_checkpointing
 
 from fvae_dist.training.callbacks import (
     EstimateCheck,
@@ -204,7 +205,6 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
     return SFTConfig(
         **passed_on,
         gradient_checkpointing=prepared.fit.recompute != "none",
-        gradient_checkpointing_kwargs={"selective": True} if prepared.fit.recompute == "selective" else None,
         use_liger_kernel=prepared.liger,
         activation_offloading=recipe.training.activation_offload and not prepared.use_cpu,
         deepspeed=prepared.deepspeed,
@@ -248,6 +248,9 @@ def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
     base = load_base_model(prepared.recipe, prepared.config, prepared.attention)
     transformers.set_seed(args.seed)
     model = attach_adapter(base, prepared.recipe.adapter)
+    if prepared.fit.recompute == "selective":
+        # Not through SFTConfig: under ZeRO-3 TRL asks for reentrant checkpointing, which we undo, and refuses this.
+        enable_selective_activation_checkpointing(model)
     if prepared.recipe.training.tiled_mlp:
         tile_mlps(model, zero3=zero_stage(prepared.deepspeed) == 3 and not prepared.fit.resident)
     if prepared.deepspeed is not None:

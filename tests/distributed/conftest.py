@@ -118,7 +118,8 @@ def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     settings = {"DS_ACCELERATOR": "cuda", "FVAE_TEST_DTYPE": "bfloat16", "FVAE_TEST_ATTENTION": attention}
     resident = (f"resident_{layout}" for layout in RESIDENT_LAYOUTS)
-    return run_ranks(folder, (*LAYOUTS, *resident), settings=settings)
+    shared = (*SEQUENCE_PARALLEL, "sp_resident", *TILED)
+    return run_ranks(folder, (*LAYOUTS, *shared, *resident), settings=settings)
 
 
 def run_ranks(

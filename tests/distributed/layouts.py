@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fvae_dist import FVAETrainerMixin, side_loss
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, tuple[str, Any, str, str, str]] = {
     "z3_plain_full": ("plain", 3, "full", "1x4", "left"),
     "z3_plain_off": ("plain", 3, "off", "4x1", "padding_free"),
     "z3_sft_full_wide": ("sft", 3, "full", "2x2", "wide"),
+    "z3_sft_selective": ("sft", 3, "selective", "2x2", "padding_free"),
     "z2_sft_full": ("sft", 2, "full", "2x2", "left"),
     "z2_sft_off": ("sft", 2, "off", "1x4", "right"),
     "z2_plain_full": ("plain", 2, "full", "4x1", "packed"),
@@ -57,13 +59,13 @@ SEQUENCE_PARALLEL: dict[str, tuple[str, Any, str, str, str]] = {
     "sp_z3_sft_off": ("sft", 3, "off", "1x6", "packed"),
     "sp_z3_plain_full": ("plain", 3, "full", "4x2", "wide"),
     "sp_z2_sft_full": ("sft", 2, "full", "1x6", "packed"),
+    "sp_z3_sft_selective": ("sft", 3, "selective", "1x7", "right"),
     "sp_z2_plain_off": ("plain", 2, "off", "1x7", "right"),
 }
 # With MLPs over tiles of tokens; see worker.py.
 TILED = ("tiled", "tiled_sp")
 IMPOSSIBLE = {
     ("plain", "selective"): "transformers has no selective checkpointing",
-    (3, "selective"): "TRL refuses it under ZeRO-3",
 }
 
 
@@ -126,8 +128,7 @@ def settings(layout: str) -> dict[str, Any]:
     elif form == "packed":
         accumulation //= 2
     arguments: dict[str, Any] = {"max_grad_norm": 0.0, "seed": SEED}
-    if checkpointing == "selective":
-        arguments["gradient_checkpointing_kwargs"] = {"selective": True}
+    prepare = {"prepare_model": enable_selective_activation_checkpointing} if checkpointing == "selective" else {}
     return {
         "trainer": trainer,
         "stage": None if stage == "ddp" else stage,
@@ -137,6 +138,7 @@ def settings(layout: str) -> dict[str, Any]:
         "form": form,
         "rows": training_rows(form),
         "arguments": arguments,
+        **prepare,
         "trainer_arguments": {"sequence_parallel": 2} if layout in SEQUENCE_PARALLEL else {},
     }
 

@@ -25,17 +25,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        ranks = run_ranks(folder, tuple(layouts.LAYOUTS))
+        table = layouts.LAYOUTS | layouts.SEQUENCE_PARALLEL
+        ranks = run_ranks(folder, tuple(table))
         model = attach(load(folder / "model")).train()
         expected = layouts.reference_step(model, pad_rows(layouts.documents()))
         print(
             "| sharding | trainer | checkpointing | micro-batch x accumulation | documents | task | side | gradient |"
         )
         print("|---|---|---|---|---|---|---|---|")
-        for layout, (trainer, stage, checkpointing, _, form) in layouts.LAYOUTS.items():
+        for layout, (trainer, stage, checkpointing, _, form) in table.items():
             settings = layouts.settings(layout)
             shown = (
-                _STAGES[stage],
+                _STAGES[stage] + (", rows shared" if layout in layouts.SEQUENCE_PARALLEL else ""),
                 {"sft": "TRL", "plain": "transformers"}[trainer],
                 checkpointing,
                 f"{settings['micro_batch']} x {settings['accumulation']}",

@@ -84,11 +84,8 @@ def test_report_and_its_numbers(recipe, capsys):
     assert found == SECTIONS
     numbers = json.loads(Path("plan.json").read_text())
     assert numbers["cluster"] == {"gpu": "h100-80", "nodes": 2, "gpus_per_node": 8, "memory_gib": 79.1}
-    # Five configurations, three kinds of recomputation; TRL refuses one of them at stage 3. Two may keep weights.
-    assert len(numbers["choices"]) == 5 * 3 - 4 + 2 * 2 and len(numbers["refused"]) == 4
-    assert {row["recompute"] for row in numbers["refused"]} == {"selective"}
-    assert all("TRL refuses" in row["reason"] for row in numbers["refused"])
-    assert text.count("not recompute selective with ds_configs/zero3.json, ds_configs/zero3_") == 1
+    # Five configurations, three kinds of recomputation; two may keep weights.
+    assert len(numbers["choices"]) == 5 * 3 + 2 * 3 and not numbers["refused"]
     for row in numbers["choices"]:
         assert set(row["memory_gib"]) == set(LABELS)
         assert row["fits"] and row["total_gib"] == pytest.approx(sum(row["memory_gib"].values()))
