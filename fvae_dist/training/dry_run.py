@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from typing import Any
 
@@ -17,6 +16,7 @@ from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_
 from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.run import Prepared
+from fvae_dist.training.steps import global_batch_size, optimizer_steps, steps_per_epoch
 
 _SHOWN_CHARACTERS = 4000
 
@@ -70,12 +70,11 @@ def _model(prepared: Prepared) -> str:
 def _data(prepared: Prepared, world_size: int) -> str:
     recipe, report = prepared.recipe, prepared.data.report
     training = recipe.training
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
     sequences = len(prepared.data.train)
-    per_epoch = math.ceil(sequences / batch)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
+    per_epoch = steps_per_epoch(training, sequences, world_size)
+    steps = optimizer_steps(training, sequences, world_size)
     lines = [
-        f"{batch} sequences a step ({training.per_device_train_batch_size} a device x "
+        f"{global_batch_size(training, world_size)} sequences a step ({training.per_device_train_batch_size} a device x "
         f"{training.gradient_accumulation_steps} accumulation x {world_size} devices)",
         f"{per_epoch} steps and {report['train']['num_tokens']:,} tokens an epoch; {steps} steps in all",
     ]

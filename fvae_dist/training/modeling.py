@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
+from fvae_dist.training.adalora import UNKNOWN_STEPS, is_adalora
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError, unknown_key
 from fvae_dist.training.rope_scaling import apply_rope_scaling, check_scaled, positions_of
 
@@ -138,6 +139,8 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
         raise RecipeError(f"adapter.peft_type: {hint}")
     config_cls = known_types[str(peft_type)]
     known = {field.name: field.default for field in fields(config_cls) if field.init}
+    if is_adalora(adapter) and values.get("total_step") is None:
+        values["total_step"] = UNKNOWN_STEPS
     for key in values:
         if key not in known:
             raise RecipeError(f"adapter.{key}: {unknown_key(key, sorted(known))}")

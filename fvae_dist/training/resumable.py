@@ -1,7 +1,7 @@
 """Checkpoints of a run that it can be resumed from: gathered on the step's path, written off it, read back anywhere.
 
 checkpoint-N/  adapter_config.json, adapter_model.safetensors   PEFT's format, fp32
-               optimizer.safetensors                            Adam's moments, whole
+               optimizer.safetensors                            Adam's moments, whole; AdaLoRA's knowledge of its ranks
                random.safetensors                               the ranks' random states
                scheduler.json, trainer_state.json               schedule; step, logs, callbacks
                manifest.json                                    sizes, checksums, versions, the base model
@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fvae_dist
 from fvae_dist.adapter.export import read_tensors
+from fvae_dist.training.adalora import allocator_state, load_allocator_state, whole_ranks
 from fvae_dist.training.checkpoint_files import publish, read_manifest
 from fvae_dist.training.checkpoint_state import (
     load_optimizer_state,
@@ -99,8 +100,10 @@ class ResumableTrainerMixin(_TrainerBase):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Gather the state on all ranks, hand it to rank 0's writer, and go on. Replaces the trainer's."""
         is_main = self.args.should_save
-        adapter = self._adapter_tensors(keep=is_main)
+        with whole_ranks(self.model):
+            adapter = self._adapter_tensors(keep=is_main)
         moments, step = optimizer_state(self.model, self.optimizer, keep=is_main)
+        moments |= allocator_state(self.model)
         states = random_states(self.args.device)
         if not is_main:
             return
@@ -130,7 +133,8 @@ class ResumableTrainerMixin(_TrainerBase):
         self, adapter: dict[str, Tensor], moments: dict[str, Tensor], states: dict[str, Tensor]
     ) -> Callable[[Path], None]:
         """A function that writes the files; everything it needs is copied now, as training goes on meanwhile."""
-        config = deepcopy(self.model.peft_config["default"])
+        with whole_ranks(self.model):
+            config = deepcopy(self.model.peft_config["default"])
         config.inference_mode = True
         scheduler = json.dumps(self.lr_scheduler.state_dict())
         self._export_callback_states()
@@ -197,6 +201,7 @@ class ResumableTrainerMixin(_TrainerBase):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         moments = _read(folder / OPTIMIZER_FILE)
         load_optimizer_state(self.model, self.optimizer, moments, manifest["optimizer_step"])
+        load_allocator_state(self.model, moments)
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8")))
         # The scheduler remembers the rates but sets them in its next step only.
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from fvae_dist.training.adalora import RankAllocation, adalora_of, check_adalora, with_total_step
 from fvae_dist.training.callbacks import (
     EstimateCheck,
     PerformanceLogs,
@@ -54,6 +55,7 @@ from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_trainer import RecipeTrainer
 from fvae_dist.training.rope_scaling import describe_scaling, settings_of
+from fvae_dist.training.steps import optimizer_steps
 from fvae_dist.training.throughput import peak_tflops
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 
@@ -102,6 +104,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     world_size = devices or _env_int("WORLD_SIZE", 1)
     deepspeed = load_deepspeed_config(recipe, world_size)
     check_asked(recipe, deepspeed)
+    check_adalora(recipe)
     attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -121,6 +124,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
+    recipe = with_total_step(recipe, optimizer_steps(training, len(data.train), world_size))
     fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
@@ -265,6 +269,8 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))
+    if (adalora := adalora_of(model)) is not None:
+        trainer.add_callback(RankAllocation(adalora))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters
     trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
     if prepared.fit.estimate is not None:
