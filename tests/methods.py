@@ -13,6 +13,7 @@ from fvae_dist.training.process_group import ended_with
 from fvae_dist.training.recipe_trainer import RecipeTrainer
 from tests.recipes import SIZES, byte_tokenizer, make_recipe, write_records
 
+_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _TARGETS = ["q_proj", "v_proj"]
 _TRAINING = {
     "max_steps": 4,
@@ -26,6 +27,14 @@ _TRAINING = {
 }
 
 
+def one_process(monkeypatch: Any) -> None:
+    """No launcher's environment, and none left behind."""
+    for name in _ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
 def write_base(folder: Path) -> Path:
     """folder/base with weights and tokenizer, and folder/data.jsonl."""
     torch.manual_seed(0)
@@ -35,14 +44,20 @@ def write_base(folder: Path) -> Path:
     return folder / "base"
 
 
-def prepare(folder: Path, adapter: dict[str, Any], out: str = "run", resume: str | None = None, **training: Any):
+def prepare(
+    folder: Path,
+    adapter: dict[str, Any],
+    out: str = "run",
+    resume: str | None = None,
+    dtype: str = "float32",
+    **training: Any,
+) -> run.Prepared:
     """The checked run; the adapter section is `adapter` alone, and its targets q_proj and v_proj unless it says so."""
     training = {**_TRAINING, "output_dir": str(folder / out), **training}
-    recipe = make_recipe(folder, folder / "base", model={"random_weights": False}, training=training)
+    recipe = make_recipe(folder, folder / "base", model={"random_weights": False, "dtype": dtype}, training=training)
     own = {**adapter} if adapter.get("peft_type") == "FULL" else {"target_modules": _TARGETS, **adapter}
-    return run.prepare(
-        recipe.model_copy(update={"adapter": own, "logging": recipe.logging.model_copy(update={"steps": 1})}), resume
-    )
+    recipe = recipe.model_copy(update={"adapter": own, "logging": recipe.logging.model_copy(update={"steps": 1})})
+    return run.prepare(recipe, resume)
 
 
 def train(prepared: run.Prepared, *callbacks: Any) -> RecipeTrainer:
@@ -67,5 +82,5 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
 
 
-def fresh_base(folder: Path) -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder / "base")
+def fresh_base(folder: Path, dtype: str = "float32") -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))

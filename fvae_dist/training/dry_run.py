@@ -73,8 +73,9 @@ def _data(prepared: Prepared, world_size: int) -> str:
     sequences = len(prepared.data.train)
     per_epoch = steps_per_epoch(training, sequences, world_size)
     steps = optimizer_steps(training, sequences, world_size)
+    batch = global_batch_size(training, world_size)
     lines = [
-        f"{global_batch_size(training, world_size)} sequences a step ({training.per_device_train_batch_size} a device x "
+        f"{batch} sequences a step ({training.per_device_train_batch_size} a device x "
         f"{training.gradient_accumulation_steps} accumulation x {world_size} devices)",
         f"{per_epoch} steps and {report['train']['num_tokens']:,} tokens an epoch; {steps} steps in all",
     ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 import transformers
@@ -159,10 +159,18 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
         raise RecipeError(_adapter_problem(error, set(known))) from None
 
 
-def _check_types(config_cls: type, values: dict[str, Any]) -> None:
+def _check_types(config_cls: type, values: dict[str, Any], section: str = "adapter") -> None:
     """PEFT's dataclasses state their types and do not check them: text for a list would be read letter by letter."""
     hints = get_type_hints(config_cls)
     for key, value in values.items():
+        nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        if nested is not None and isinstance(value, dict):  # eva_config and its like
+            known = [field.name for field in fields(nested)]
+            for name in value:
+                if name not in known:
+                    raise RecipeError(f"{section}.{key}.{name}: {unknown_key(name, known)}")
+            _check_types(nested, value, f"{section}.{key}")  # type: ignore[arg-type]
+            continue
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
         except PydanticSchemaGenerationError:
@@ -174,9 +182,9 @@ def _check_types(config_cls: type, values: dict[str, Any]) -> None:
             name = isinstance(value, str) and "literal_error" in kinds
             if not fraction and not name and not kinds <= {"tuple_type", "set_type"}:
                 shown = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-                raise RecipeError(f"adapter.{key}: must be {shown}, got {value!r}") from None
+                raise RecipeError(f"{section}.{key}: must be {shown}, got {value!r}") from None
         if isinstance(value, float) and not abs(value) < float("inf"):
-            raise RecipeError(f"adapter.{key}: must be finite, got {value!r}")
+            raise RecipeError(f"{section}.{key}: must be finite, got {value!r}")
 
 
 def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:

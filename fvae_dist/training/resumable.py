@@ -34,6 +34,7 @@ from fvae_dist.training.checkpoint_state import (
     random_states,
 )
 from fvae_dist.training.checkpoints import list_checkpoints
+from fvae_dist.training.loraga import own_tensors, saved_config, saved_tensors
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.saving import ADAPTER_FILE, find_bad_tensor, full_trainable_state_dict
 
@@ -127,14 +128,15 @@ class ResumableTrainerMixin(_TrainerBase):
         problem = find_bad_tensor(self.model, state_dict)
         if problem:
             raise RuntimeError(f"checkpoint of step {self.state.global_step}: {problem}")
-        return get_peft_model_state_dict(self.model, state_dict=state_dict, save_embedding_layers=False)
+        tensors = get_peft_model_state_dict(self.model, state_dict=state_dict, save_embedding_layers=False)
+        return saved_tensors(self.model, tensors)
 
     def _writer_of(
         self, adapter: dict[str, Tensor], moments: dict[str, Tensor], states: dict[str, Tensor]
     ) -> Callable[[Path], None]:
         """A function that writes the files; everything it needs is copied now, as training goes on meanwhile."""
         with whole_ranks(self.model):
-            config = deepcopy(self.model.peft_config["default"])
+            config = saved_config(self.model)
         config.inference_mode = True
         scheduler = json.dumps(self.lr_scheduler.state_dict())
         self._export_callback_states()
@@ -219,7 +221,7 @@ class ResumableTrainerMixin(_TrainerBase):
             )
 
     def _load_adapter(self, folder: Path) -> None:
-        tensors = _read(folder / ADAPTER_FILE)
+        tensors = own_tensors(self.model, _read(folder / ADAPTER_FILE))
         result: Any = set_peft_model_state_dict(self.model, tensors)
         expected = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         if result.unexpected_keys or set(tensors) != expected:

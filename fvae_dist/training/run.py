@@ -40,10 +40,10 @@ from fvae_dist.training.fitting import (
     fit_recipe,
     name_the_key_when_out_of_memory,
 )
+from fvae_dist.training.from_data import attach_from_data, check_initialisation
 from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
 from fvae_dist.training.modeling import (
     ModelPlan,
-    attach_adapter,
     check_lengths,
     check_weights,
     load_base_model,
@@ -105,6 +105,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     deepspeed = load_deepspeed_config(recipe, world_size)
     check_asked(recipe, deepspeed)
     check_adalora(recipe)
+    check_initialisation(recipe.adapter, zero_stage(deepspeed))
     attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -244,10 +245,11 @@ def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
     """Load the base (sharded under ZeRO-3), then attach the adapter outside zero.Init so that it stays fp32."""
     base = load_base_model(prepared.recipe, prepared.config, prepared.attention)
     transformers.set_seed(args.seed)
-    model = attach_adapter(base, prepared.recipe.adapter)
+    model = attach_from_data(base, prepared, args)
     if prepared.deepspeed is not None:
-        # The same dict that accelerate will hand to deepspeed.initialize.
-        size_for_adapter(args.hf_deepspeed_config.config, prepared.plan.trainable_sizes, prepared.plan.base_sizes)
+        # The same dict that accelerate will hand to deepspeed.initialize. EVA's sizes are not those of the plan.
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+        size_for_adapter(args.hf_deepspeed_config.config, sizes, prepared.plan.base_sizes)
     return model
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fvae_dist.training.adalora import adalora_of
+from fvae_dist.training.loraga import is_changed_in_files, saved_config, saved_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _GATHER_CHUNK = 64
@@ -47,6 +48,9 @@ def save_adapter(model: PeftModel, output_dir: str | Path, is_main: bool, proces
             problem = find_bad_tensor(model, state_dict)
             if not problem:
                 model.save_pretrained(str(output), state_dict=state_dict)
+                if is_changed_in_files(model):
+                    saved_config(model).save_pretrained(str(output))
+                    save_file(_as_saved(model, state_dict, "default"), output / ADAPTER_FILE, {"format": "pt"})
                 _make_readable(model, output)
                 problem = _find_difference(model, state_dict, output)
             if processing_class is not None:
@@ -102,7 +106,7 @@ def _make_readable(model: PeftModel, output: Path) -> None:
 
 def find_bad_tensor(model: PeftModel, state_dict: dict[str, Tensor]) -> str:
     for adapter in model.peft_config:
-        tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+        tensors = _as_saved(model, state_dict, adapter)
         if not tensors:
             return f"adapter {adapter!r} has no tensors"
         for name, tensor in tensors.items():
@@ -113,10 +117,15 @@ def find_bad_tensor(model: PeftModel, state_dict: dict[str, Tensor]) -> str:
     return ""
 
 
+def _as_saved(model: PeftModel, state_dict: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+    return saved_tensors(model, tensors) if adapter == "default" else tensors
+
+
 def _find_difference(model: PeftModel, state_dict: dict[str, Tensor], output: Path) -> str:
     for adapter, path in _adapters_on_disk(model, output).items():
         written = load_file(path)
-        expected = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+        expected = _as_saved(model, state_dict, adapter)
         if set(written) != set(expected):
             return f"{path} has other tensors than the model"
         for name, tensor in expected.items():

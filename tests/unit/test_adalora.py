@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from fvae_dist.training.adalora import orthogonality_loss
 from fvae_dist.training.recipe import RecipeError
-from tests.methods import fresh_base, logits, prepare, train, write_base
+from tests.methods import fresh_base, logits, one_process, prepare, train, write_base
 
 ADAPTER = {"peft_type": "ADALORA", "init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 2, "beta1": 0.5, "beta2": 0.5}
 
@@ -24,10 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    one_process(monkeypatch)
 
 
 class Ranks(TrainerCallback):
