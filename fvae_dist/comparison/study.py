@@ -143,26 +143,17 @@ def _check_suites(path: Path, comparison: Comparison) -> None:
             raise RecipeError(f"{path}: {name}.suite: {str(error).removeprefix('--suite').lstrip(': ')}") from None
 
 
-# Initialisations that PEFT computes from data when it is asked to before training. train.py does not ask, and PEFT says
-# nothing: what would be trained is LoRA with random values, under another name.
-_FROM_DATA = ("eva", "corda", "lora_ga")
-
-
 def _check_adapters(path: Path, study: Study) -> None:
+    """As train.py will check each, before the first of them is trained."""
+    from fvae_dist.training.adalora import check_adalora
+    from fvae_dist.training.from_data import check_initialisation
     from fvae_dist.training.modeling import build_peft_config
 
     for name, adapter in study.adapters.items():
+        recipe = study.recipe.model_copy(update={"adapter": adapter})
         try:
             build_peft_config(adapter)
+            check_adalora(recipe)
+            check_initialisation(recipe)
         except RecipeError as error:
             raise RecipeError(f"{path}: methods.{name}: {error}") from None
-        if str(adapter.get("init_lora_weights")).lower() in _FROM_DATA:
-            raise RecipeError(
-                f"{path}: methods.{name}: adapter.init_lora_weights: {adapter['init_lora_weights']} needs a pass over "
-                "data before training, which launch/train.py does not make: it would be plain LoRA by another name"
-            )
-        if adapter["peft_type"] == "ADALORA":
-            raise RecipeError(
-                f"{path}: methods.{name}: adapter.peft_type: ADALORA must be told every step to move its ranks "
-                "(update_and_allocate), which launch/train.py does not do: its ranks would stay as they are"
-            )

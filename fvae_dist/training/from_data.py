@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from fvae_dist.training.deepspeed_config import asked_stage
 from fvae_dist.training.loraga import attach_as_before, attach_by_gradient
 from fvae_dist.training.modeling import attach_adapter, build_peft_config
-from fvae_dist.training.recipe import RecipeError, one_line
+from fvae_dist.training.recipe import Recipe, RecipeError, one_line
 
 if TYPE_CHECKING:
     from fvae_dist.training.run import Prepared
@@ -42,12 +43,9 @@ def initialisation_from_data(adapter: dict[str, Any]) -> str | None:
     return name if str(adapter.get("peft_type")) == "LORA" and name in (EVA, LORA_GA, "corda") else None
 
 
-def check_initialisation(adapter: dict[str, Any], stage: int) -> None:
-    """RecipeError for what such an initialisation cannot be made with.
-
-    Args:
-        stage: of ZeRO.
-    """
+def check_initialisation(recipe: Recipe) -> None:
+    """RecipeError for what such an initialisation cannot be made with."""
+    adapter = recipe.adapter
     name = initialisation_from_data(adapter)
     if name is None:
         return
@@ -57,7 +55,7 @@ def check_initialisation(adapter: dict[str, Any], stage: int) -> None:
             f"{key} needs a pass over data before training, which train.py makes for eva and lora_ga alone: it would "
             "be plain LoRA by another name"
         )
-    if stage == 3:
+    if asked_stage(recipe) == 3:
         raise RecipeError(
             f"{key} needs whole weights before training, and ZeRO-3 has none; use training.deepspeed: null or "
             "ds_configs/zero2.json"

@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     deepspeed = load_deepspeed_config(recipe, world_size)
     check_asked(recipe, deepspeed)
     check_adalora(recipe)
-    check_initialisation(recipe.adapter, zero_stage(deepspeed))
+    check_initialisation(recipe)
     attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
