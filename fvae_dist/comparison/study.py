@@ -128,7 +128,8 @@ def _adapter(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A method's adapter section; a key of the recipe's is left out by giving it null."""
     own_type = common.get("peft_type", "FVAE_LORA")
     peft_type = changes.get("peft_type", own_type)
-    kept = common if peft_type == own_type else {key: common[key] for key in _WHERE if key in common}
+    where = () if peft_type == "FULL" else _WHERE
+    kept = common if peft_type == own_type else {key: common[key] for key in where if key in common}
     merged = {"peft_type": peft_type, **kept, **changes}
     return {key: value for key, value in merged.items() if value is not None}
 
@@ -145,15 +146,15 @@ def _check_suites(path: Path, comparison: Comparison) -> None:
 
 def _check_adapters(path: Path, study: Study) -> None:
     """As train.py will check each, before the first of them is trained."""
-    from fvae_dist.training.adalora import check_adalora
-    from fvae_dist.training.from_data import check_initialisation
+    from fvae_dist.training.full import is_full
+    from fvae_dist.training.methods import check_method
     from fvae_dist.training.modeling import build_peft_config
 
     for name, adapter in study.adapters.items():
         recipe = study.recipe.model_copy(update={"adapter": adapter})
         try:
-            build_peft_config(adapter)
-            check_adalora(recipe)
-            check_initialisation(recipe)
+            if not is_full(adapter):
+                build_peft_config(adapter)
+            check_method(recipe)
         except RecipeError as error:
             raise RecipeError(f"{path}: methods.{name}: {error}") from None

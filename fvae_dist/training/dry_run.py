@@ -13,6 +13,7 @@ from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.planning.report import memory_table
 from fvae_dist.training.data import render_example
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
+from fvae_dist.training.full import is_full
 from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.run import Prepared
@@ -51,11 +52,12 @@ def _model(prepared: Prepared) -> str:
     shown = plan.adapted_layers[:4]
     more = len(plan.adapted_layers) - len(shown)
     names = ", ".join(shown) + (f", ... ({more} more)" if more > 0 else "")
+    treated = "all trained" if is_full(prepared.recipe.adapter) else "frozen"
     share = 100 * plan.trainable_parameters / plan.base_parameters
     scaling = prepared.recipe.model.rope_scaling
     return "\n".join(
         [
-            f"base: {prepared.recipe.model.name_or_path}, {plan.base_parameters:,} parameters, frozen",
+            f"base: {prepared.recipe.model.name_or_path}, {plan.base_parameters:,} parameters, {treated}",
             *([describe_scaling(prepared.config, scaling)] if scaling else []),
             f"adapted layers: {len(plan.adapted_layers)}: {names}",
             f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "

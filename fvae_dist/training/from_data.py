@@ -67,19 +67,16 @@ def check_initialisation(recipe: Recipe) -> None:
 
 
 def attach_from_data(base: nn.Module, prepared: Prepared, args: TrainingArguments) -> PeftModel:
-    """`attach_adapter`, and the pass over data where the recipe's adapter starts from one.
+    """`attach_adapter`, and before or after it the pass over data; of a resumed run what its checkpoint has of it.
 
     Raises:
         RecipeError: the data is not enough, PEFT refuses the layers, or the checkpoint is of another adapter.
     """
     recipe, checkpoint, pad_token_id = prepared.recipe, prepared.checkpoint, prepared.tokenizer.pad_token_id
     adapter = recipe.adapter
-    name = initialisation_from_data(adapter)
-    if name is None:
-        return attach_adapter(base, adapter)
     base.to(args.device)
     records = _documents(prepared.data.train, recipe.training.seed)
-    if name == EVA:
+    if initialisation_from_data(adapter) == EVA:
         config = build_peft_config(adapter)
         if checkpoint is not None:
             return get_peft_model(base, _eva_config_of(Path(checkpoint), config))  # type: ignore[arg-type]

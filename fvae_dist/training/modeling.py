@@ -202,8 +202,11 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
             "lost; use model.dtype: float32"
         )
     base_sizes = [parameter.numel() for parameter in model.parameters()]
+    whole = sum(base_sizes)
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     embedding = 0 if tied else model.get_input_embeddings().weight.numel()
+    if str(recipe.adapter.get("peft_type")) == "FULL":
+        return ModelPlan([], whole, embedding, whole, whole, base_sizes, base_sizes)
     try:
         peft_model = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
     except RecipeError:
@@ -222,7 +225,7 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
     only_training = (".encoder2.", ".decoder.", ".logvar.", ".logvar_trunk.")
     return ModelPlan(
         adapted_layers=list(getattr(peft_model.base_model, "targeted_module_names", [])),
-        base_parameters=sum(base_sizes),
+        base_parameters=whole,
         embedding_parameters=embedding,
         trainable_parameters=sum(trainable.values()),
         inference_parameters=sum(n for name, n in trainable.items() if not any(part in name for part in only_training)),

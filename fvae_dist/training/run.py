@@ -12,11 +12,11 @@ from typing import IO, Any
 
 import torch
 import transformers
-from peft import PeftModel
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from fvae_dist.training.adalora import RankAllocation, adalora_of, check_adalora, with_total_step
+from fvae_dist.training.adalora import RankAllocation, adalora_of, with_total_step
 from fvae_dist.training.callbacks import (
     EstimateCheck,
     PerformanceLogs,
@@ -40,8 +40,9 @@ from fvae_dist.training.fitting import (
     fit_recipe,
     name_the_key_when_out_of_memory,
 )
-from fvae_dist.training.from_data import attach_from_data, check_initialisation
+from fvae_dist.training.full import is_full, with_master_weights
 from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
+from fvae_dist.training.methods import attach_method, check_method
 from fvae_dist.training.modeling import (
     ModelPlan,
     check_lengths,
@@ -104,8 +105,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     world_size = devices or _env_int("WORLD_SIZE", 1)
     deepspeed = load_deepspeed_config(recipe, world_size)
     check_asked(recipe, deepspeed)
-    check_adalora(recipe)
-    check_initialisation(recipe)
+    check_method(recipe)
     attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -208,8 +208,8 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
         data_seed=training.seed,
-        # At stage 3 this must agree with the DeepSpeed config; elsewhere the layers cast for themselves.
-        bf16=stage == 3 and recipe.model.dtype == "bfloat16",
+        # At stage 3 this must agree with the DeepSpeed config; elsewhere adapters cast for themselves, a base does not.
+        bf16=(stage == 3 or is_full(recipe.adapter)) and recipe.model.dtype == "bfloat16",
         fp16=stage == 3 and recipe.model.dtype == "float16",
         # Truncated and packed in data preparation already; packed data needs the padding-free collator.
         max_length=None,
@@ -241,11 +241,11 @@ def start_process_group(args: SFTConfig) -> None:
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
 
 
-def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
+def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
     """Load the base (sharded under ZeRO-3), then attach the adapter outside zero.Init so that it stays fp32."""
-    base = load_base_model(prepared.recipe, prepared.config, prepared.attention)
+    base = load_base_model(with_master_weights(prepared.recipe), prepared.config, prepared.attention)
     transformers.set_seed(args.seed)
-    model = attach_from_data(base, prepared, args)
+    model = attach_method(base, prepared, args)
     if prepared.deepspeed is not None:
         # The same dict that accelerate will hand to deepspeed.initialize. EVA's sizes are not those of the plan.
         sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
@@ -253,7 +253,7 @@ def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
     return model
 
 
-def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> RecipeTrainer:
+def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> RecipeTrainer:
     """The trainer with its callbacks; transformers' own progress printing is replaced."""
     recipe, plan = prepared.recipe, prepared.plan
     trainer = RecipeTrainer(
@@ -306,9 +306,11 @@ def collect_metrics(trainer: RecipeTrainer, result: Any, final_eval: dict[str, f
 
 
 def save_results(trainer: RecipeTrainer, prepared: Prepared, metrics: dict[str, Any]) -> None:
-    """Write OUTPUT_DIR/adapter (PEFT format, fp32, with a model card) and OUTPUT_DIR/metrics.json."""
+    """Write OUTPUT_DIR/adapter (PEFT format, fp32, with a model card), or OUTPUT_DIR/model where all of it was trained,
+    and OUTPUT_DIR/metrics.json."""
     output = Path(prepared.recipe.training.output_dir)
-    trainer.save_model(str(output / "adapter"))
+    folder = output / ("model" if is_full(prepared.recipe.adapter) else "adapter")
+    trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         summary = {key: metrics[key] for key in ("steps", "train_runtime_s") if metrics.get(key) is not None}
         summary |= {f"{key}_loss": metrics[key]["loss"] for key in ("eval_start", "eval_end") if key in metrics}
@@ -316,9 +318,9 @@ def save_results(trainer: RecipeTrainer, prepared: Prepared, metrics: dict[str, 
             last = metrics["history"][-1]
             summary |= {key: last[key] for key in ("loss/task", "loss/neg_elbo") if key in last}
         scaled = settings_of(prepared.config) if prepared.recipe.model.rope_scaling is not None else None
-        write_model_card(output / "adapter", prepared.recipe, prepared.data.report, summary, scaled)
+        write_model_card(folder, prepared.recipe, prepared.data.report, summary, scaled)
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        logger.info("adapter saved and read back: %s", output / "adapter")
+        logger.info("%s saved and read back: %s", folder.name, folder)
 
 
 def _use_cpu(recipe: Recipe) -> bool:

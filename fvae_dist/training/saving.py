@@ -57,7 +57,7 @@ def save_adapter(model: PeftModel, output_dir: str | Path, is_main: bool, proces
                 processing_class.save_pretrained(str(output))
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
-    problem = _tell_all_ranks(problem)
+    problem = tell_all_ranks(problem)
     if problem:
         raise SaveError(f"{output_dir}: adapter not saved: {problem}")
 
@@ -134,7 +134,8 @@ def _find_difference(model: PeftModel, state_dict: dict[str, Tensor], output: Pa
     return ""
 
 
-def _tell_all_ranks(problem: str) -> str:
+def tell_all_ranks(problem: str) -> str:
+    """Rank 0's problem, on every rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return problem
     box = [problem]
