@@ -44,7 +44,7 @@ def attach_by_gradient(
     for name, module in base.named_modules():
         gradient = getattr(module, "_peft_loraga_grad", None)
         patterns = config.rank_pattern or {}
-        rank = patterns.get(get_pattern_key(patterns, name), config.r)
+        rank = patterns.get(get_pattern_key(list(patterns), name), config.r)
         if gradient is not None and min(gradient.shape) < 2 * rank:
             sizes = " x ".join(map(str, gradient.shape))
             raise RecipeError(

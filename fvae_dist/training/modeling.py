@@ -215,7 +215,9 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
         raise RecipeError(f"adapter: {error.pattern!r} is no regular expression: {error.msg}") from None
     except Exception as error:  # what PEFT does not check fails somewhere in it
         raise RecipeError(f"adapter: {type(error).__name__}: {_first_line(error)}") from error
-    trainable = {name: p.numel() for name, p in peft_model.named_parameters() if p.requires_grad}
+    # AdaLoRA's ranknum is frozen wherever it is not on the meta device.
+    parameters = ((name, p) for name, p in peft_model.named_parameters() if ".ranknum." not in name)
+    trainable = {name: p.numel() for name, p in parameters if p.requires_grad}
     saved_along = [name for name, _ in peft_model.named_modules() if name.endswith(".modules_to_save.default")]
     for name in getattr(peft_model.peft_config["default"], "modules_to_save", None) or ():
         if not any(name in saved for saved in saved_along):

@@ -50,4 +50,5 @@ class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
 
     def _write_scaling(self, folder: Path) -> None:
         if isinstance(self.model, PeftModel):  # a whole model's own configuration has it
-            write_scaling(folder, self.model.get_base_model().config, self.rope_scaling)
+            base: Any = self.model.get_base_model()
+            write_scaling(folder, base.config, self.rope_scaling)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from fvae_dist.comparison.measured import measured_in
 from fvae_dist.training.recipe import RecipeError
 from tests.methods import fresh_base, logits, one_process, prepare, train, write_base
 
@@ -116,6 +117,16 @@ def test_lora_ga_is_saved_as_plain_lora_of_the_base_as_it_was(folder, tmp_path):
     loaded = PeftModel.from_pretrained(fresh_base(folder), tmp_path / "adapter")
     assert not torch.allclose(logits(trainer.model), start.logits, atol=1e-3)
     torch.testing.assert_close(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.parametrize(("adapter", "share"), [(EVA, 1), (LORA_GA, 2)], ids=["eva", "lora_ga"])
+def test_parameters_are_counted_as_they_are_saved(folder, tmp_path, adapter, share):
+    """EVA moves ranks to layers of another size; LoRA-GA is twice its rank where it is used."""
+    prepared = prepare(folder, adapter, output_dir=str(tmp_path))
+    trainer = train(prepared)
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    counts = measured_in(prepared.recipe.model_dump(), tmp_path)
+    assert (counts["trainable_parameters"], counts["inference_parameters"]) == (trained, share * trained)
 
 
 @KINDS

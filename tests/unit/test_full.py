@@ -101,6 +101,6 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
         def on_train_end(self, args, state, control, model=None, **kwargs):
             model.lm_head.weight.data[0, 0] = torch.inf
 
-    with pytest.raises(SaveError, match="lm_head.weight is not finite"):
+    with pytest.raises(SaveError, match=r"lm_head\.weight is not finite"):
         train(prepare(folder, FULL, output_dir=str(tmp_path)), Spoil())
     assert not (tmp_path / "model" / "model.safetensors").exists()
