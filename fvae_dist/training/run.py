@@ -274,7 +274,8 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> Reci
     if (adalora := adalora_of(model)) is not None:
         trainer.add_callback(RankAllocation(adalora))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters
-    trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
+    peak = peak_tflops(recipe.logging.peak_tflops)
+    trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak, trained=is_full(recipe.adapter)))
     if prepared.fit.estimate is not None:
         trainer.add_callback(EstimateCheck(prepared.fit.estimate.total_gib))
     trainer.add_callback(ProgressLine())
