@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from safetensors import safe_open
+
+from fvae_dist.adapter.export import ADAPTER_FILE
 from fvae_dist.training.recipe import Recipe
 
 _SPEED, _MEMORY = "perf/tokens_per_s_per_gpu", "mem/peak_gib"
@@ -20,18 +24,25 @@ def measured_in(recipe: dict[str, Any], run: Path) -> dict[str, Any]:
     run warms up. Missing values are None.
 
     Returns:
-        trainable_parameters, inference_parameters (of FVAE-LoRA: encoder 1's mean and B), tokens_per_s_per_gpu, step_s,
-        peak_gib (largest rank; on CPU its resident set).
+        trainable_parameters, inference_parameters (of FVAE-LoRA: encoder 1's mean and B; of what training decides, such
+        as AdaLoRA's ranks: as saved), tokens_per_s_per_gpu, step_s, peak_gib (largest rank; on CPU its resident set).
     """
-    return {**_parameters(recipe), **_speed_and_memory(run / "tensorboard")}
+    return {**_parameters(recipe, run / "adapter" / ADAPTER_FILE), **_speed_and_memory(run / "tensorboard")}
 
 
-def _parameters(values: dict[str, Any]) -> dict[str, int]:
+def _parameters(values: dict[str, Any], saved: Path) -> dict[str, int]:
+    from fvae_dist.training.adalora import is_adalora
+    from fvae_dist.training.from_data import EVA, initialisation_from_data
     from fvae_dist.training.modeling import load_config, plan_model
 
     recipe = Recipe.model_validate(values)
     plan = plan_model(recipe, load_config(recipe.model))
-    return {"trainable_parameters": plan.trainable_parameters, "inference_parameters": plan.inference_parameters}
+    trainable, inference = plan.trainable_parameters, plan.inference_parameters
+    start = initialisation_from_data(recipe.adapter)
+    if start is not None or is_adalora(recipe.adapter):
+        with safe_open(saved, "pt") as tensors:
+            inference = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return {"trainable_parameters": inference if start == EVA else trainable, "inference_parameters": inference}
 
 
 def _speed_and_memory(folder: Path) -> dict[str, float | None]:

@@ -39,12 +39,13 @@ def train_command(study: Study, recipe: Path) -> list[str]:
     return [*_launcher(study), script("train.py"), "--config", str(recipe), "--resume", "auto"]
 
 
-def evaluate_command(study: Study, suite: SuiteSection, adapter: Path, out: Path) -> list[str]:
-    """Evaluate an adapter as `suite` says, with the recipe's base in the recipe's dtype."""
+def evaluate_command(study: Study, suite: SuiteSection, trained: Path, out: Path) -> list[str]:
+    """Evaluate a training's model/ or adapter/ as `suite` says, the adapter with the recipe's base, in its dtype."""
     model = study.recipe.model
+    is_whole = trained.name == "model"
     options: dict[str, Any] = {
-        "--model": model.name_or_path,
-        "--adapter": adapter,
+        "--model": trained if is_whole else model.name_or_path,
+        "--adapter": None if is_whole else trained,
         "--dtype": model.dtype,
         "--attention": model.attention,
         "--suite": suite.suite,

@@ -148,7 +148,9 @@ def _evaluate(study: Study, suite: SuiteSection, folder: Path, name: str) -> dic
     """value of the metric, and worst_group where there are groups."""
     from fvae_dist.evaluation.callback import flatten
 
-    command = processes.evaluate_command(study, suite, folder / "train" / "adapter", folder / name)
+    whole = folder / "train" / "model"  # of full fine-tuning
+    trained = whole if whole.is_dir() else folder / "train" / "adapter"
+    command = processes.evaluate_command(study, suite, trained, folder / name)
     _run(command, folder / f"{name}.log", name)
     suites = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))["suites"]
     tasks = [flatten(f"{own}/{task}", metrics) for own, found in suites.items() for task, metrics in found.items()]

@@ -128,7 +128,8 @@ def _adapter(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A method's adapter section; a key of the recipe's is left out by giving it null."""
     own_type = common.get("peft_type", "FVAE_LORA")
     peft_type = changes.get("peft_type", own_type)
-    kept = common if peft_type == own_type else {key: common[key] for key in _WHERE if key in common}
+    where = () if peft_type == "FULL" else _WHERE
+    kept = common if peft_type == own_type else {key: common[key] for key in where if key in common}
     merged = {"peft_type": peft_type, **kept, **changes}
     return {key: value for key, value in merged.items() if value is not None}
 
@@ -143,26 +144,17 @@ def _check_suites(path: Path, comparison: Comparison) -> None:
             raise RecipeError(f"{path}: {name}.suite: {str(error).removeprefix('--suite').lstrip(': ')}") from None
 
 
-# Initialisations that PEFT computes from data when it is asked to before training. train.py does not ask, and PEFT says
-# nothing: what would be trained is LoRA with random values, under another name.
-_FROM_DATA = ("eva", "corda", "lora_ga")
-
-
 def _check_adapters(path: Path, study: Study) -> None:
+    """As train.py will check each, before the first of them is trained."""
+    from fvae_dist.training.full import is_full
+    from fvae_dist.training.methods import check_method
     from fvae_dist.training.modeling import build_peft_config
 
     for name, adapter in study.adapters.items():
+        recipe = study.recipe.model_copy(update={"adapter": adapter})
         try:
-            build_peft_config(adapter)
+            if not is_full(adapter):
+                build_peft_config(adapter)
+            check_method(recipe)
         except RecipeError as error:
             raise RecipeError(f"{path}: methods.{name}: {error}") from None
-        if str(adapter.get("init_lora_weights")).lower() in _FROM_DATA:
-            raise RecipeError(
-                f"{path}: methods.{name}: adapter.init_lora_weights: {adapter['init_lora_weights']} needs a pass over "
-                "data before training, which launch/train.py does not make: it would be plain LoRA by another name"
-            )
-        if adapter["peft_type"] == "ADALORA":
-            raise RecipeError(
-                f"{path}: methods.{name}: adapter.peft_type: ADALORA must be told every step to move its ranks "
-                "(update_and_allocate), which launch/train.py does not do: its ranks would stay as they are"
-            )

@@ -17,6 +17,7 @@ from fvae_dist.evaluation.ranks import Ranks
 from fvae_dist.evaluation.running import run_task
 from fvae_dist.evaluation.suites import make_tasks
 from fvae_dist.evaluation.tasks import Options, Task
+from fvae_dist.planning.trace import base_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.rope_scaling import positions_of
 
@@ -109,7 +110,7 @@ class SuiteEvaluation(TrainerCallback):
         trainer = self.trainer
         model = trainer.model
         was_training = model.training
-        base = model.get_base_model()
+        base = base_of(model)
         own_generation = base.generation_config
         base.generation_config = greedy_generation(base, trainer.processing_class)
         inference = Inference(model, trainer.processing_class, trainer.args.device, sharded=trainer._zero3())

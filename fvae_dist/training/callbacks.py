@@ -49,9 +49,10 @@ class StartupChecks(TrainerCallback):
 class PerformanceLogs(TrainerCallback):
     """Adds perf/mfu, perf/hfu and mem/peak_gib to every log line; memory is the largest of the ranks."""
 
-    def __init__(self, trainer: Any, matmul_parameters: int, peak: float | None):
+    def __init__(self, trainer: Any, matmul_parameters: int, peak: float | None, trained: bool = False):
         self.trainer = trainer
         self.matmul_parameters = matmul_parameters
+        self.trained = trained
         self.peak = peak
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -66,7 +67,11 @@ class PerformanceLogs(TrainerCallback):
         logs["mem/peak_gib"] = float(self.trainer.accelerator.gather(local).max())
         if self.peak is not None and "perf/tokens_per_s_per_gpu" in logs:
             logs["perf/mfu"], logs["perf/hfu"] = utilisation(
-                logs["perf/tokens_per_s_per_gpu"], self.matmul_parameters, self.peak, recomputes(args)
+                logs["perf/tokens_per_s_per_gpu"],
+                self.matmul_parameters,
+                self.peak,
+                recomputes(args),
+                self.trained,
             )
 
 

@@ -1,4 +1,4 @@
-"""The adapter's model card: what it was trained from, on and with."""
+"""The model card of an adapter, or of a model that was trained as a whole: what it was trained from, on and with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import Any
 
 import yaml
 
+from fvae_dist.training.full import is_full
 from fvae_dist.training.recipe import Recipe
 
+# A scaled RoPE stands in its config.json.
+_LOAD_WHOLE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+"""
 _PACKAGES = ("fvae-dist", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
@@ -32,23 +38,29 @@ def write_model_card(
     metrics: dict[str, Any],
     scaled: dict[str, Any] | None = None,
 ) -> None:
-    """Write README.md into an adapter folder; front matter as the Hub reads it.
+    """Write README.md into the folder that was saved; front matter as the Hub reads it.
 
     Args:
         scaled: settings of the base that a RoPE scaling changed, which PEFT would not know of.
     """
     base = recipe.model.name_or_path
+    is_whole = is_full(recipe.adapter)
     front = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["fvae-lora"]}
     if str(recipe.adapter.get("peft_type", "FVAE_LORA")) != "FVAE_LORA":
         front["tags"] = [str(recipe.adapter["peft_type"]).lower()]
+    if is_whole:
+        front |= {"library_name": "transformers", "tags": []}
     if Path(base).exists():
         del front["base_model"]  # the Hub only takes ids there
+    title = f"{recipe.adapter.get('peft_type', 'FVAE_LORA')} adapter for {base}"
+    code = _how_to_load(base, scaled)
+    if is_whole:
+        title, code = f"{base}, fine-tuned in full", _LOAD_WHOLE
     numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     recipe_yaml = yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
     text = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# {recipe.adapter.get('peft_type', 'FVAE_LORA')} adapter for {base}\n\n"
-        f"Load with plain PEFT:\n\n```python\n{_how_to_load(base, scaled)}```\n\n"
+        f"# {title}\n\nLoad with plain {'transformers' if is_whole else 'PEFT'}:\n\n```python\n{code}```\n\n"
         f"## Metrics\n\n{_table(numbers)}\n\n## Data\n\n```yaml\n{yaml.safe_dump(data_report, sort_keys=False)}```\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n\n## Versions\n\n{_table(package_versions())}\n"
     )

@@ -41,6 +41,8 @@ def export(path: str, out: str) -> str:
         raise RecipeError(f"{path}: no whole checkpoint")
     if Path(out).resolve() in {folder.resolve() for folder in whole}:
         raise RecipeError(f"--out {out}: is a checkpoint; choose another folder")
+    if not (whole[-1] / ADAPTER_FILE).is_file():
+        raise RecipeError(f"{whole[-1]}: holds a whole model, no adapter: load it as it is")
     try:
         with written_aside(Path(out)) as aside:
             for name in (CONFIG_FILE, ADAPTER_FILE):

@@ -78,7 +78,7 @@ def check_output_dir(output_dir: str | Path, checkpoint: str | None, overwrite: 
 def clear_output_dir(output_dir: str | Path) -> None:
     """Delete what an earlier run wrote there, and nothing else. One rank calls this, once all else is checked."""
     output = Path(output_dir)
-    for path in [*list_checkpoints(output), output / "tensorboard", output / "adapter"]:
+    for path in [*list_checkpoints(output), output / "tensorboard", output / "adapter", output / "model"]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -34,12 +34,8 @@ def load_deepspeed_config(recipe: Recipe, world_size: int, ranks_per_node: int |
         return None
     path = Path(recipe.training.deepspeed)
     config = _read(path)
+    stage = _stage_of(config, path)
     zero = config.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise RecipeError(f"{path}: zero_optimization: must be an object")
-    stage = zero.get("stage", 0)
-    if not _is_int(stage) or stage not in (0, 1, 2, 3):
-        raise RecipeError(f"{path}: zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
     for key in _OPTIMIZER_KEYS:
         if config.pop(key, "auto") != "auto":
             raise RecipeError(f"{path}: {key}: is stated in the recipe (training.*); remove it here")
@@ -55,6 +51,22 @@ def load_deepspeed_config(recipe: Recipe, world_size: int, ranks_per_node: int |
             f"{path}: zero_optimization.zero_hpz_partition_size: {partition!r} does not divide the {world_size} ranks"
         )
     return config
+
+
+def asked_stage(recipe: Recipe) -> int:
+    """ZeRO stage that the recipe asks for, however many ranks there are; RecipeError as `load_deepspeed_config`."""
+    path = recipe.training.deepspeed
+    return 0 if path is None else _stage_of(_read(Path(path)), Path(path))
+
+
+def _stage_of(config: dict[str, Any], path: Path) -> int:
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(f"{path}: zero_optimization: must be an object")
+    stage = zero.get("stage", 0)
+    if not _is_int(stage) or stage not in (0, 1, 2, 3):
+        raise RecipeError(f"{path}: zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
+    return stage
 
 
 def zero_stage(config: dict[str, Any] | None) -> int:

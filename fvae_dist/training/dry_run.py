@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from typing import Any
 
@@ -14,9 +13,11 @@ from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.planning.report import memory_table
 from fvae_dist.training.data import render_example
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
+from fvae_dist.training.full import is_full
 from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.run import Prepared
+from fvae_dist.training.steps import global_batch_size, optimizer_steps, steps_per_epoch
 
 _SHOWN_CHARACTERS = 4000
 
@@ -51,11 +52,12 @@ def _model(prepared: Prepared) -> str:
     shown = plan.adapted_layers[:4]
     more = len(plan.adapted_layers) - len(shown)
     names = ", ".join(shown) + (f", ... ({more} more)" if more > 0 else "")
+    treated = "all trained" if is_full(prepared.recipe.adapter) else "frozen"
     share = 100 * plan.trainable_parameters / plan.base_parameters
     scaling = prepared.recipe.model.rope_scaling
     return "\n".join(
         [
-            f"base: {prepared.recipe.model.name_or_path}, {plan.base_parameters:,} parameters, frozen",
+            f"base: {prepared.recipe.model.name_or_path}, {plan.base_parameters:,} parameters, {treated}",
             *([describe_scaling(prepared.config, scaling)] if scaling else []),
             f"adapted layers: {len(plan.adapted_layers)}: {names}",
             f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "
@@ -71,10 +73,10 @@ def _data(prepared: Prepared, world_size: int) -> str:
     recipe, report = prepared.recipe, prepared.data.report
     training = recipe.training
     readers = world_size // training.sequence_parallel
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * readers
     sequences = len(prepared.data.train)
-    per_epoch = math.ceil(sequences / batch)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
+    per_epoch = steps_per_epoch(training, sequences, world_size)
+    steps = optimizer_steps(training, sequences, world_size)
+    batch = global_batch_size(training, world_size)
     lines = [
         f"{batch} sequences a step ({training.per_device_train_batch_size} a device x "
         f"{training.gradient_accumulation_steps} accumulation x {readers} {_readers(training.sequence_parallel)})",

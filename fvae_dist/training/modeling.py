@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
+from fvae_dist.training.adalora import UNKNOWN_STEPS, is_adalora
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
 from fvae_dist.training.recipe_help import unknown_key
 from fvae_dist.training.rope_scaling import apply_rope_scaling, check_scaled, positions_of
@@ -139,6 +140,8 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
         raise RecipeError(f"adapter.peft_type: {hint}")
     config_cls = known_types[str(peft_type)]
     known = {field.name: field.default for field in fields(config_cls) if field.init}
+    if is_adalora(adapter) and values.get("total_step") is None:
+        values["total_step"] = UNKNOWN_STEPS
     for key in values:
         if key not in known:
             raise RecipeError(f"adapter.{key}: {unknown_key(key, sorted(known))}")
@@ -157,10 +160,18 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
         raise RecipeError(_adapter_problem(error, set(known))) from None
 
 
-def _check_types(config_cls: type, values: dict[str, Any]) -> None:
+def _check_types(config_cls: type, values: dict[str, Any], section: str = "adapter") -> None:
     """PEFT's dataclasses state their types and do not check them: text for a list would be read letter by letter."""
     hints = get_type_hints(config_cls)
     for key, value in values.items():
+        nested = next((kind for kind in get_args(hints[key]) if is_dataclass(kind)), None)
+        if nested is not None and isinstance(value, dict):  # eva_config and its like
+            known = [field.name for field in fields(nested)]
+            for name in value:
+                if name not in known:
+                    raise RecipeError(f"{section}.{key}.{name}: {unknown_key(name, known)}")
+            _check_types(nested, value, f"{section}.{key}")  # type: ignore[arg-type]
+            continue
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
         except PydanticSchemaGenerationError:
@@ -172,9 +183,9 @@ def _check_types(config_cls: type, values: dict[str, Any]) -> None:
             name = isinstance(value, str) and "literal_error" in kinds
             if not fraction and not name and not kinds <= {"tuple_type", "set_type"}:
                 shown = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-                raise RecipeError(f"adapter.{key}: must be {shown}, got {value!r}") from None
+                raise RecipeError(f"{section}.{key}: must be {shown}, got {value!r}") from None
         if isinstance(value, float) and not abs(value) < float("inf"):
-            raise RecipeError(f"adapter.{key}: must be finite, got {value!r}")
+            raise RecipeError(f"{section}.{key}: must be finite, got {value!r}")
 
 
 def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
@@ -192,8 +203,11 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
             "lost; use model.dtype: float32"
         )
     base_sizes = [parameter.numel() for parameter in model.parameters()]
+    whole = sum(base_sizes)
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     embedding = 0 if tied else model.get_input_embeddings().weight.numel()
+    if str(recipe.adapter.get("peft_type")) == "FULL":
+        return ModelPlan([], whole, embedding, whole, whole, base_sizes, base_sizes)
     try:
         peft_model = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
     except RecipeError:
@@ -202,7 +216,9 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
         raise RecipeError(f"adapter: {error.pattern!r} is no regular expression: {error.msg}") from None
     except Exception as error:  # what PEFT does not check fails somewhere in it
         raise RecipeError(f"adapter: {type(error).__name__}: {_first_line(error)}") from error
-    trainable = {name: p.numel() for name, p in peft_model.named_parameters() if p.requires_grad}
+    # AdaLoRA's ranknum is frozen wherever it is not on the meta device.
+    parameters = ((name, p) for name, p in peft_model.named_parameters() if ".ranknum." not in name)
+    trainable = {name: p.numel() for name, p in parameters if p.requires_grad}
     saved_along = [name for name, _ in peft_model.named_modules() if name.endswith(".modules_to_save.default")]
     for name in getattr(peft_model.peft_config["default"], "modules_to_save", None) or ():
         if not any(name in saved for saved in saved_along):
@@ -212,7 +228,7 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
     only_training = (".encoder2.", ".decoder.", ".logvar.", ".logvar_trunk.")
     return ModelPlan(
         adapted_layers=list(getattr(peft_model.base_model, "targeted_module_names", [])),
-        base_parameters=sum(base_sizes),
+        base_parameters=whole,
         embedding_parameters=embedding,
         trainable_parameters=sum(trainable.values()),
         inference_parameters=sum(n for name, n in trainable.items() if not any(part in name for part in only_training)),

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from trl import SFTTrainer
 
+from fvae_dist.training.full import save_full
 from fvae_dist.training.recipe import RopeScalingSection
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.rope_scaling import write_scaling
@@ -29,9 +31,13 @@ class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
         return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if not isinstance(self.model, PeftModel):
+            save_full(self.model, folder, self.args.should_save, self.processing_class)
+            return
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self._write_scaling(Path(output_dir or self.args.output_dir or "."))
+            self._write_scaling(folder)
 
     def _writer_of(self, *args: Any, **kwargs: Any) -> Callable[[Path], None]:
         write_checkpoint = super()._writer_of(*args, **kwargs)
@@ -43,4 +49,6 @@ class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
         return write
 
     def _write_scaling(self, folder: Path) -> None:
-        write_scaling(folder, self.model.get_base_model().config, self.rope_scaling)
+        if isinstance(self.model, PeftModel):  # a whole model's own configuration has it
+            base: Any = self.model.get_base_model()
+            write_scaling(folder, base.config, self.rope_scaling)

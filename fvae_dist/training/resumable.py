@@ -1,7 +1,8 @@
 """Checkpoints of a run that it can be resumed from: gathered on the step's path, written off it, read back anywhere.
 
 checkpoint-N/  adapter_config.json, adapter_model.safetensors   PEFT's format, fp32
-               optimizer.safetensors                            Adam's moments, whole
+               (full fine-tuning: config.json, model.safetensors)
+               optimizer.safetensors                            Adam's moments, whole; AdaLoRA's knowledge of its ranks
                random.safetensors                               the ranks' random states
                scheduler.json, trainer_state.json               schedule; step, logs, callbacks
                manifest.json                                    sizes, checksums, versions, the base model
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 import fvae_dist
 from fvae_dist.adapter.export import read_tensors
+from fvae_dist.training.adalora import allocator_state, load_allocator_state, whole_ranks
 from fvae_dist.training.checkpoint_files import publish, read_manifest
 from fvae_dist.training.checkpoint_state import (
     load_optimizer_state,
@@ -33,6 +35,8 @@ from fvae_dist.training.checkpoint_state import (
     random_states,
 )
 from fvae_dist.training.checkpoints import list_checkpoints
+from fvae_dist.training.full import MODEL_FILE, find_bad_weight, load_weights, trained_weights
+from fvae_dist.training.loraga import own_tensors, saved_config, saved_tensors
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.saving import ADAPTER_FILE, find_bad_tensor, full_trainable_state_dict
 
@@ -77,7 +81,7 @@ class CheckpointWriter:
 
 
 class ResumableTrainerMixin(_TrainerBase):
-    """Mix in before a trainer of a PeftModel. Replaces its checkpoints; `save_model` stays as it is.
+    """Mix in before a trainer of a PeftModel, or of a whole model in fp32. Replaces its checkpoints, not `save_model`.
 
     Args (beside the trainer's, by keyword):
         base_fingerprint: what tells the frozen base from others; a checkpoint of another one is refused.
@@ -99,8 +103,10 @@ class ResumableTrainerMixin(_TrainerBase):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Gather the state on all ranks, hand it to rank 0's writer, and go on. Replaces the trainer's."""
         is_main = self.args.should_save
-        adapter = self._adapter_tensors(keep=is_main)
+        with whole_ranks(self.model):
+            adapter = self._adapter_tensors(keep=is_main)
         moments, step = optimizer_state(self.model, self.optimizer, keep=is_main)
+        moments |= allocator_state(self.model)
         states = random_states(self.args.device)
         if not is_main:
             return
@@ -118,20 +124,32 @@ class ResumableTrainerMixin(_TrainerBase):
         self.checkpoint_writer.submit(work, folder.name)
 
     def _adapter_tensors(self, keep: bool) -> dict[str, Tensor]:
+        if not isinstance(self.model, PeftModel):
+            weights = {name: value.cpu().clone() for name, value in trained_weights(self.model).items()} if keep else {}
+            self._refuse_to_write(find_bad_weight(weights))
+            return weights
         state_dict = full_trainable_state_dict(self.model, keep=keep)
         if not keep:
             return {}
-        problem = find_bad_tensor(self.model, state_dict)
+        self._refuse_to_write(find_bad_tensor(self.model, state_dict))
+        tensors = get_peft_model_state_dict(self.model, state_dict=state_dict, save_embedding_layers=False)
+        return saved_tensors(self.model, tensors)
+
+    def _refuse_to_write(self, problem: str) -> None:
         if problem:
             raise RuntimeError(f"checkpoint of step {self.state.global_step}: {problem}")
-        return get_peft_model_state_dict(self.model, state_dict=state_dict, save_embedding_layers=False)
 
     def _writer_of(
         self, adapter: dict[str, Tensor], moments: dict[str, Tensor], states: dict[str, Tensor]
     ) -> Callable[[Path], None]:
         """A function that writes the files; everything it needs is copied now, as training goes on meanwhile."""
-        config = deepcopy(self.model.peft_config["default"])
-        config.inference_mode = True
+        if isinstance(self.model, PeftModel):
+            with whole_ranks(self.model):
+                config = saved_config(self.model)
+            config.inference_mode = True
+        else:
+            config = deepcopy(self.model.config)
+        weights_file = self._weights_file()
         scheduler = json.dumps(self.lr_scheduler.state_dict())
         self._export_callback_states()
         trainer_state = deepcopy(self.state)
@@ -139,7 +157,7 @@ class ResumableTrainerMixin(_TrainerBase):
         def write(folder: Path) -> None:
             config.save_pretrained(str(folder))
             save_file(
-                {name: tensor.contiguous() for name, tensor in adapter.items()}, folder / ADAPTER_FILE, {"format": "pt"}
+                {name: tensor.contiguous() for name, tensor in adapter.items()}, folder / weights_file, {"format": "pt"}
             )
             save_file(moments, folder / OPTIMIZER_FILE)
             save_file(states, folder / RANDOM_FILE)
@@ -147,6 +165,9 @@ class ResumableTrainerMixin(_TrainerBase):
             trainer_state.save_to_json(str(folder / STATE_FILE))
 
         return write
+
+    def _weights_file(self) -> str:
+        return ADAPTER_FILE if isinstance(self.model, PeftModel) else MODEL_FILE
 
     def _export_callback_states(self) -> None:
         from transformers.trainer_callback import ExportableState
@@ -196,6 +217,7 @@ class ResumableTrainerMixin(_TrainerBase):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         moments = _read(folder / OPTIMIZER_FILE)
         load_optimizer_state(self.model, self.optimizer, moments, manifest["optimizer_step"])
+        load_allocator_state(self.model, moments)
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8")))
         # The scheduler remembers the rates but sets them in its next step only.
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -213,7 +235,16 @@ class ResumableTrainerMixin(_TrainerBase):
             )
 
     def _load_adapter(self, folder: Path) -> None:
-        tensors = _read(folder / ADAPTER_FILE)
+        if not (folder / self._weights_file()).is_file():
+            raise RecipeError(
+                f"--resume {folder}: holds no {self._weights_file()}: of a run with another adapter.peft_type"
+            )
+        if not isinstance(self.model, PeftModel):
+            wrong_names = load_weights(self.model, _read(folder / MODEL_FILE))
+            if wrong_names:
+                raise RecipeError(f"--resume {folder}: its weights are not this model's: {wrong_names}")
+            return
+        tensors = own_tensors(self.model, _read(folder / ADAPTER_FILE))
         result: Any = set_peft_model_state_dict(self.model, tensors)
         expected = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         if result.unexpected_keys or set(tensors) != expected:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -12,11 +11,12 @@ from typing import IO, Any
 
 import torch
 import transformers
-from peft import PeftModel
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 
+from fvae_dist.training.adalora import RankAllocation, adalora_of, with_total_step
 from fvae_dist.training.callbacks import (
     EstimateCheck,
     PerformanceLogs,
@@ -25,7 +25,6 @@ from fvae_dist.training.callbacks import (
     StartupChecks,
     TensorBoardLogs,
 )
-from fvae_dist.training.card import write_model_card
 from fvae_dist.training.checkpoint_files import remove_leftovers
 from fvae_dist.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
 from fvae_dist.training.control import StallWatchdog, StopOnSignal, StopSignal, lock_output_dir
@@ -40,10 +39,11 @@ from fvae_dist.training.fitting import (
     fit_recipe,
     name_the_key_when_out_of_memory,
 )
+from fvae_dist.training.full import is_full, with_master_weights
 from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
+from fvae_dist.training.methods import attach_method, check_method
 from fvae_dist.training.modeling import (
     ModelPlan,
-    attach_adapter,
     check_lengths,
     check_weights,
     load_base_model,
@@ -54,8 +54,10 @@ from fvae_dist.training.modeling import (
 from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_trainer import RecipeTrainer
-from fvae_dist.training.rope_scaling import describe_scaling, settings_of
+from fvae_dist.training.results import collect_metrics, save_results
+from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.sequence_parallel import check_shares
+from fvae_dist.training.steps import optimizer_steps
 from fvae_dist.training.throughput import peak_tflops
 from fvae_dist.training.tiled_mlp import tile_mlps
 from fvae_dist.training.zero3 import skip_shared_memory_operator
@@ -105,6 +107,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     world_size = devices or _env_int("WORLD_SIZE", 1)
     deepspeed = load_deepspeed_config(recipe, world_size)
     check_asked(recipe, deepspeed)
+    check_method(recipe)
     attention, reason = choose_attention(recipe.model, use_cpu, rows_of(recipe))
     checkpoint = None if dry_run else find_checkpoint(resume, training.output_dir)
     if not dry_run:
@@ -125,6 +128,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
+    recipe = with_total_step(recipe, optimizer_steps(training, len(data.train), world_size))
     fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
@@ -210,8 +214,8 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
         data_seed=training.seed,
-        # At stage 3 this must agree with the DeepSpeed config; elsewhere the layers cast for themselves.
-        bf16=stage == 3 and recipe.model.dtype == "bfloat16",
+        # At stage 3 this must agree with the DeepSpeed config; elsewhere adapters cast for themselves, a base does not.
+        bf16=(stage == 3 or is_full(recipe.adapter)) and recipe.model.dtype == "bfloat16",
         fp16=stage == 3 and recipe.model.dtype == "float16",
         # Truncated and packed in data preparation already; packed data needs the padding-free collator.
         max_length=None,
@@ -243,23 +247,24 @@ def start_process_group(args: SFTConfig) -> None:
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
 
 
-def build_model(prepared: Prepared, args: SFTConfig) -> PeftModel:
+def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
     """Load the base (sharded under ZeRO-3), then attach the adapter outside zero.Init so that it stays fp32."""
-    base = load_base_model(prepared.recipe, prepared.config, prepared.attention)
+    base = load_base_model(with_master_weights(prepared.recipe), prepared.config, prepared.attention)
     transformers.set_seed(args.seed)
-    model = attach_adapter(base, prepared.recipe.adapter)
+    model = attach_method(base, prepared, args)
     if prepared.fit.recompute == "selective":
         # Not through SFTConfig: under ZeRO-3 TRL asks for reentrant checkpointing, which we undo, and refuses this.
         enable_selective_activation_checkpointing(model)
     if prepared.recipe.training.tiled_mlp:
         tile_mlps(model, zero3=zero_stage(prepared.deepspeed) == 3 and not prepared.fit.resident)
     if prepared.deepspeed is not None:
-        # The same dict that accelerate will hand to deepspeed.initialize.
-        size_for_adapter(args.hf_deepspeed_config.config, prepared.plan.trainable_sizes, prepared.plan.base_sizes)
+        # The same dict that accelerate will hand to deepspeed.initialize. EVA's sizes are not those of the plan.
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+        size_for_adapter(args.hf_deepspeed_config.config, sizes, prepared.plan.base_sizes)
     return model
 
 
-def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> RecipeTrainer:
+def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> RecipeTrainer:
     """The trainer with its callbacks; transformers' own progress printing is replaced."""
     recipe, plan = prepared.recipe, prepared.plan
     trainer = RecipeTrainer(
@@ -278,8 +283,11 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))
+    if (adalora := adalora_of(model)) is not None:
+        trainer.add_callback(RankAllocation(adalora))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters
-    trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak_tflops(recipe.logging.peak_tflops)))
+    peak = peak_tflops(recipe.logging.peak_tflops)
+    trainer.add_callback(PerformanceLogs(trainer, matmul_parameters, peak, trained=is_full(recipe.adapter)))
     if prepared.fit.estimate is not None:
         trainer.add_callback(EstimateCheck(prepared.fit.estimate.total_gib))
     trainer.add_callback(ProgressLine())
@@ -291,39 +299,6 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: PeftModel) -> Reci
     if recipe.logging.tensorboard:
         trainer.add_callback(TensorBoardLogs(trainer, output_dir / "tensorboard", recipe.logging.histograms))
     return trainer
-
-
-def collect_metrics(trainer: RecipeTrainer, result: Any, final_eval: dict[str, float] | None) -> dict[str, Any]:
-    """The run in numbers: first and last evaluation, the log history, the totals."""
-    history = trainer.state.log_history
-    evaluations = [row for row in history if "eval_loss" in row]
-    first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
-    metrics: dict[str, Any] = {
-        "steps": result.global_step,
-        "train_runtime_s": result.metrics.get("train_runtime"),
-        "history": [row for row in history if "loss/task" in row],
-    }
-    if first is not None:
-        metrics["eval_start"] = {"loss": first["eval_loss"]}
-    if final_eval is not None:
-        metrics["eval_end"] = {"loss": final_eval["eval_loss"]}
-    return metrics
-
-
-def save_results(trainer: RecipeTrainer, prepared: Prepared, metrics: dict[str, Any]) -> None:
-    """Write OUTPUT_DIR/adapter (PEFT format, fp32, with a model card) and OUTPUT_DIR/metrics.json."""
-    output = Path(prepared.recipe.training.output_dir)
-    trainer.save_model(str(output / "adapter"))
-    if trainer.is_world_process_zero():
-        summary = {key: metrics[key] for key in ("steps", "train_runtime_s") if metrics.get(key) is not None}
-        summary |= {f"{key}_loss": metrics[key]["loss"] for key in ("eval_start", "eval_end") if key in metrics}
-        if metrics["history"]:
-            last = metrics["history"][-1]
-            summary |= {key: last[key] for key in ("loss/task", "loss/neg_elbo") if key in last}
-        scaled = settings_of(prepared.config) if prepared.recipe.model.rope_scaling is not None else None
-        write_model_card(output / "adapter", prepared.recipe, prepared.data.report, summary, scaled)
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        logger.info("adapter saved and read back: %s", output / "adapter")
 
 
 def _use_cpu(recipe: Recipe) -> bool:

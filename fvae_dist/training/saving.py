@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from fvae_dist.training.adalora import adalora_of
+from fvae_dist.training.loraga import is_changed_in_files, saved_config, saved_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _GATHER_CHUNK = 64
@@ -45,13 +48,16 @@ def save_adapter(model: PeftModel, output_dir: str | Path, is_main: bool, proces
             problem = find_bad_tensor(model, state_dict)
             if not problem:
                 model.save_pretrained(str(output), state_dict=state_dict)
+                if is_changed_in_files(model):
+                    saved_config(model).save_pretrained(str(output))
+                    save_file(_as_saved(model, state_dict, "default"), output / ADAPTER_FILE, {"format": "pt"})
                 _make_readable(model, output)
                 problem = _find_difference(model, state_dict, output)
             if processing_class is not None:
                 processing_class.save_pretrained(str(output))
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
-    problem = _tell_all_ranks(problem)
+    problem = tell_all_ranks(problem)
     if problem:
         raise SaveError(f"{output_dir}: adapter not saved: {problem}")
 
@@ -100,21 +106,26 @@ def _make_readable(model: PeftModel, output: Path) -> None:
 
 def find_bad_tensor(model: PeftModel, state_dict: dict[str, Tensor]) -> str:
     for adapter in model.peft_config:
-        tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+        tensors = _as_saved(model, state_dict, adapter)
         if not tensors:
             return f"adapter {adapter!r} has no tensors"
         for name, tensor in tensors.items():
-            if tensor.numel() == 0:
+            if tensor.numel() == 0 and adalora_of(model) is None:  # which may leave a layer no rank at all
                 return f"{name} is empty (a ZeRO-3 shard that was not gathered)"
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return f"{name} is not finite"
     return ""
 
 
+def _as_saved(model: PeftModel, state_dict: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+    return saved_tensors(model, tensors) if adapter == "default" else tensors
+
+
 def _find_difference(model: PeftModel, state_dict: dict[str, Tensor], output: Path) -> str:
     for adapter, path in _adapters_on_disk(model, output).items():
         written = load_file(path)
-        expected = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+        expected = _as_saved(model, state_dict, adapter)
         if set(written) != set(expected):
             return f"{path} has other tensors than the model"
         for name, tensor in expected.items():
@@ -123,7 +134,8 @@ def _find_difference(model: PeftModel, state_dict: dict[str, Tensor], output: Pa
     return ""
 
 
-def _tell_all_ranks(problem: str) -> str:
+def tell_all_ranks(problem: str) -> str:
+    """Rank 0's problem, on every rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return problem
     box = [problem]

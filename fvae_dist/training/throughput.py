@@ -23,13 +23,17 @@ def peak_tflops(stated: float | None) -> float | None:
     return next((float(peak) for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def utilisation(tokens_per_s: float, matmul_parameters: int, peak: float, recomputed: bool) -> tuple[float, float]:
+def utilisation(
+    tokens_per_s: float, matmul_parameters: int, peak: float, recomputed: bool, trained: bool = False
+) -> tuple[float, float]:
     """(mfu, hfu) of one device, as shares of `peak` TFLOP/s.
 
     Args:
         tokens_per_s: per device.
         matmul_parameters: parameters of the base that multiply a token (all but the input embedding).
         recomputed: whether the forward runs again in the backward pass.
+        trained: whether the base itself is, so that its weights have gradients too.
     """
     per_operation = tokens_per_s * matmul_parameters / (peak * 1e12)
-    return 4 * per_operation, (6 if recomputed else 4) * per_operation
+    needed = 6 if trained else 4
+    return needed * per_operation, (needed + 2 * recomputed) * per_operation

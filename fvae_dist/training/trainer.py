@@ -22,6 +22,7 @@ from transformers.trainer_utils import has_length
 
 from fvae_dist.adapter import FVAELinear, side_loss
 from fvae_dist.adapter.noise import TOKEN_KEYS, TokenNoise
+from fvae_dist.training.adalora import adalora_of, orthogonality_loss
 from fvae_dist.training.batches import (
     COUNTED,
     LENGTHS,
@@ -188,6 +189,9 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         if side is not None:
             total = self._task_weight() * task + side
             self._window.add_loss("loss/neg_elbo", side * share)
+        if (adalora := adalora_of(self.model)) is not None:
+            # Once a step, however many micro-batches it has: the trainer has added up or averages their losses.
+            total = total + orthogonality_loss(adalora) / (self.current_gradient_accumulation_steps * share)
         self._stop_if_not_finite(total, inputs)
         self._window.add_loss("loss/task", task * share)
         self._window.add_loss("loss/total", total * share)

@@ -53,6 +53,24 @@ def test_three_methods_are_trained_tested_and_not_run_again(compare, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in (out / "trials").rglob("*") if file.is_file()} == before
 
 
+def test_ranks_that_move_and_a_model_without_adapter(compare, tmp_path):
+    write_inputs(tmp_path)
+    methods = {"adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2}, "full": {"peft_type": "FULL"}}
+    code, _, errors = compare(write_comparison(tmp_path, methods=methods, learning_rates=[1e-3]))
+    assert code == 0, errors
+    out = tmp_path / "out"
+    rows = {row["method"]: row for row in csv.DictReader((out / "comparison.csv").read_text().splitlines())}
+    for method in methods:
+        folder = out / "trials" / method / "lr0.001-seed0"
+        trained = json.loads((folder / "train" / "metrics.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
+        assert result["value"] == pytest.approx(trained["eval_end"]["loss"], rel=1e-4)
+    counts = {name: (int(row["trainable_parameters"]), int(row["inference_parameters"])) for name, row in rows.items()}
+    assert counts["adalora"][0] == 2 * 4 * (64 + 48) + 4 * 4  # as LoRA's above, and four singular values a layer
+    assert counts["adalora"][1] < 0.7 * counts["adalora"][0]
+    assert counts["full"][0] == counts["full"][1] > 10_000
+
+
 def test_a_failed_trial_is_told_and_kept(compare, tmp_path):
     write_inputs(tmp_path)
     path = write_comparison(tmp_path, methods={"lora": LORA})

@@ -27,6 +27,7 @@ from fvae_dist.training.recipe_file import load_strictly
 from tests.comparing import LORA, write_comparison
 
 ROOT = Path(__file__).parents[2]
+ZERO3 = f"training.deepspeed={ROOT}/ds_configs/zero3.json"
 FAMILY = ROOT / "launch" / "recipes" / "compare_family.yaml"
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -47,9 +48,16 @@ FAMILY = ROOT / "launch" / "recipes" / "compare_family.yaml"
         ({"methods": {"a": 3}}, r"methods.a: "),
         ({"methods": {"a": {"rank": 3}}}, r"methods.a: adapter.rank: unknown key; did you mean r\?"),
         ({"methods": {"a": {"peft_type": "LORRA"}}}, r"methods.a: adapter.peft_type: unknown type 'LORRA'"),
-        ({"methods": {"a": {**LORA, "init_lora_weights": "eva"}}}, r"needs a pass over data before training"),
-        ({"methods": {"a": {**LORA, "init_lora_weights": "lora_ga"}}}, r"needs a pass over data before training"),
-        ({"methods": {"a": {"peft_type": "ADALORA", "total_step": 9}}}, r"methods.a: .*its ranks would stay"),
+        ({"methods": {"a": {**LORA, "init_lora_weights": "corda"}}}, r"methods.a: .*plain LoRA by another name"),
+        (
+            {"methods": {"a": {**LORA, "init_lora_weights": "eva"}}, "set": [ZERO3]},
+            r"methods.a: adapter.init_lora_weights: eva needs whole weights before training, and ZeRO-3 has none",
+        ),
+        (
+            {"methods": {"a": {"peft_type": "ADALORA"}}, "set": [ZERO3]},
+            r"methods.a: adapter.peft_type: ADALORA .* use training.deepspeed: null",
+        ),
+        ({"methods": {"a": {"peft_type": "ADALORA", "init_r": 8}}}, r"methods.a: adapter.target_r: must be greater"),
         ({"baseline": "dora"}, r"baseline: 'dora' is none of the methods"),
         ({"set": ["training.seed=3"]}, r"set: training.seed=3: is set by the comparison itself"),
         ({"set": ["training.sed=3"]}, r"compare.yaml: set: training.sed: unknown key; did you mean seed\?"),
@@ -94,11 +102,11 @@ def test_shipped_comparison_loads_and_each_method_is_its_own():
     assert FAMILY.read_text().startswith("# python launch/compare.py --config launch/recipes/compare_family.yaml\n")
     assert (FAMILY.parent / study.comparison.recipe).is_file()
     configs = [json.dumps(build_peft_config(a).to_dict(), default=str, sort_keys=True) for a in study.adapters.values()]
-    assert len(set(configs)) == len(configs) == 14
+    assert len(set(configs)) == len(configs) == 17
     objectives = {a["objective"] for a in study.adapters.values() if a["peft_type"] == "FVAE_LORA"}
     assert objectives == {"official", "paper", "vae2lat", "beta_vae2lat"}
     assert all(a["target_modules"] == ["q_proj", "v_proj"] for a in study.adapters.values())
-    assert len(study.trials()) == 14 * 9
+    assert len(study.trials()) == 17 * 9
 
 
 @pytest.mark.parametrize("path", sorted(FAMILY.parent.glob("compare_*.yaml")), ids=lambda path: path.stem)

@@ -17,6 +17,11 @@ def test_recomputation_counts_for_hfu_only():
     assert (mfu, hfu) == (pytest.approx(0.04), pytest.approx(0.06))
 
 
+def test_weights_that_are_trained_have_gradients_too():
+    mfu, hfu = utilisation(tokens_per_s=1000, matmul_parameters=10**9, peak=100.0, recomputed=True, trained=True)
+    assert (mfu, hfu) == (pytest.approx(0.06), pytest.approx(0.08))
+
+
 def test_stated_peak_comes_first():
     assert peak_tflops(123.0) == 123.0
 
