@@ -91,6 +91,8 @@ def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tup
         RecipeError: it was asked for and cannot be used here.
     """
     asked = recipe.training.use_liger_kernel
+    if recipe.training.head == "liger" and (use_cpu or not is_liger_kernel_available()):
+        raise RecipeError("training.head: liger: it needs a GPU and `pip install liger-kernel`")
     if asked is False:
         return False, "asked for"
     obstacle = "Liger's kernels need a GPU" if use_cpu else _liger_obstacle(config)

@@ -195,6 +195,11 @@ class TrainingSection(Section):
     use_liger_kernel: Literal["auto"] | bool = Field(
         "auto", description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
     )
+    head: Literal["trl", "liger"] = Field(
+        "trl",
+        description="Which fused head and loss. trl: makes the logits twice, logs entropy. liger: once, on a GPU, "
+        "for a frozen head; logs mean_token_accuracy alone.",
+    )
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
         "steps", description="When checkpoints are written."
     )

@@ -10,13 +10,14 @@ from peft import PeftModel
 from trl import SFTTrainer
 
 from fvae_dist.training.full import save_full
+from fvae_dist.training.liger_head import LigerHeadMixin
 from fvae_dist.training.recipe import RopeScalingSection
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.rope_scaling import write_scaling
 from fvae_dist.training.trainer import FVAETrainerMixin
 
 
-class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
+class RecipeTrainer(ResumableTrainerMixin, FVAETrainerMixin, LigerHeadMixin, SFTTrainer):
     """TRL's SFTTrainer with the side loss and our checkpoints; the model card is written by the recipe, not by TRL.
 
     Args (beside the trainer's, by keyword):

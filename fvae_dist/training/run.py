@@ -204,6 +204,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "sequence_parallel",
             "activation_offload",
             "tiled_mlp",
+            "head",
         }
     )
     return SFTConfig(
@@ -280,6 +281,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> Reci
         sequence_parallel=recipe.training.sequence_parallel,
         base_fingerprint=prepared.base_fingerprint,
         rope_scaling=recipe.model.rope_scaling,
+        liger_head=recipe.training.head == "liger",
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer))

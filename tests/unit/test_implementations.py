@@ -207,6 +207,12 @@ def test_liger_is_on_for_architectures_that_it_knows(tmp_path):
         liger(tmp_path, True, config=unknown)
 
 
+def test_ligers_head_needs_a_gpu(tmp_path):
+    recipe = make_recipe(tmp_path, tmp_path, training={"head": "liger"})
+    with pytest.raises(RecipeError, match=r"training\.head: liger: it needs a GPU"):
+        choose_liger(recipe, LLAMA, use_cpu=True)
+
+
 def test_liger_leaves_the_head_to_trl(tmp_path, monkeypatch):
     """One head, that makes no whole logits: TRL's. Liger's layers are Triton; here they are only put in place."""
     patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
