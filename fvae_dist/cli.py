@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from fvae_dist import arguments
+from fvae_dist.benchmarking.arguments import parse_benchmark
 from fvae_dist.training.recipe import RecipeError, describe_recipe
 from fvae_dist.training.recipe_file import load_recipe
 
@@ -203,7 +204,7 @@ def plan_command(argv: list[str] | None) -> int:
 @_command
 def benchmark_command(argv: list[str] | None) -> int:
     """Measure layers, steps or attention. Exit codes: 0 done; 2 bad argument; else a crash."""
-    args = arguments.parse_benchmark(argv)
+    args = parse_benchmark(argv)
     # Imported only now: --help and a mistake in the arguments take no seconds.
     from fvae_dist.benchmarking.command import benchmark
 
