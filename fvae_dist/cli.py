@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from fvae_dist import arguments
-from fvae_dist.benchmarking.arguments import parse_benchmark
+from fvae_dist.benchmark_arguments import parse_benchmark
 from fvae_dist.training.recipe import RecipeError, describe_recipe
 from fvae_dist.training.recipe_file import load_recipe
 
