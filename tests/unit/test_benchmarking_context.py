@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
+from fvae_dist.benchmarking import zero3
 from fvae_dist.benchmarking.context import CONTEXT, ContextRun, benchmark_context, take_up
 from fvae_dist.benchmarking.floor import Ceilings
 from fvae_dist.benchmarking.lengths import Bounds, doubled, walk
 from fvae_dist.benchmarking.report import Axes, Report
 from fvae_dist.benchmarking.step import StepRun
 from fvae_dist.benchmarking.timing import OUT_OF_MEMORY, Measured
+from fvae_dist.benchmarking.trial import Setting, write_inputs
 from fvae_dist.benchmarking.variants import AdapterSize
 from fvae_dist.benchmarking.zero3 import TrainingRun
 from fvae_dist.training.recipe import RecipeError
@@ -219,3 +221,35 @@ def test_a_file_that_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "benchmark.json").write_text(text)
     with pytest.raises(RecipeError, match="no report that could be continued"):
         take_up(tmp_path / "benchmark.json", HEAD)
+
+
+# ----------------------------------------------------------------------------------------------------------- the runs
+
+
+def test_inputs_have_positions_and_a_sequence_for_all_that_share_it(tmp_path):
+    write_inputs(Setting("tiny", 200_000, True, steps=3, sequence_parallel=4), num_gpus=8, folder=tmp_path)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["max_position_embeddings"] == 200_000
+    records = [json.loads(line)["text"].split() for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    assert [len(words) for words in records] == 6 * [199_999]
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", OUT_OF_MEMORY),
+        ("torch.AcceleratorError: CUDA error: out of memory", OUT_OF_MEMORY),
+        ("ncclUnhandledCudaError: Last error: Cuda failure 2 'out of memory'", OUT_OF_MEMORY),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", OUT_OF_MEMORY),
+        ("  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 71)", OUT_OF_MEMORY),
+        ("should a later one run out of memory, set training.recompute\nValueError: oops", "exit code 1"),
+        ("  exitcode  : -15 (pid: 71)", "exit code 1"),
+    ],
+)
+def test_what_counts_as_out_of_memory(monkeypatch, log, error):
+    def fail(command, log_path, timeout_s):
+        assert "a.b=1" in command and timeout_s == 540
+        log_path.write_text(log)
+        return "exit code 1"
+
+    monkeypatch.setattr(zero3, "run_to_end", fail)
+    assert zero3.measure_run(context_run().training, "lora", 32, "full").error == error
