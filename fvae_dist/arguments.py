@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fvae_dist.training.recipe import RecipeError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a bad argument as every other bad input: one line, from one rank."""
 
     def __init__(self, **options: Any) -> None:
@@ -21,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_train(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/train.py",
         description="Fine-tune with FVAE-LoRA, or any PEFT method, from a recipe.",
         epilog="Launch: deepspeed launch/train.py --config launch/recipes/quickstart.yaml",
@@ -42,7 +41,7 @@ def parse_train(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parse_evaluate(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/evaluate.py",
         description="Evaluate a model with an adapter (of any PEFT method), or a base model alone.",
         epilog="""suites and their data:
@@ -71,12 +70,12 @@ command's suites) appear at the end.""",
         help="questions with given answers: parse what the model writes (commonsense), or take the likeliest (groups)",
     )
     parser.add_argument("--template", choices=["clean", "published"], default="clean", help="prompt (default: clean)")
-    parser.add_argument("--batch-size", type=_at_least(1), default=8, metavar="N", help="samples a call (default: 8)")
-    parser.add_argument("--num-beams", type=_at_least(1), default=1, metavar="N", help="beams (default: 1, greedy)")
-    parser.add_argument("--max-new-tokens", type=_at_least(1), metavar="N", help="default: 32 (gsm8k: 512, needle: 16)")
-    parser.add_argument("--max-length", type=_at_least(2), metavar="N", help="tokens, answer included; default: 2048")
-    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N samples of every set")
-    parser.add_argument("--seed", type=_at_least(0), default=42, metavar="N", help="of the bootstrap (default: 42)")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="samples a call (default: 8)")
+    parser.add_argument("--num-beams", type=at_least(1), default=1, metavar="N", help="beams (default: 1, greedy)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: 32 (gsm8k: 512, needle: 16)")
+    parser.add_argument("--max-length", type=at_least(2), metavar="N", help="tokens, answer included; default: 2048")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N samples of every set")
+    parser.add_argument("--seed", type=at_least(0), default=42, metavar="N", help="of the bootstrap (default: 42)")
     parser.add_argument(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
@@ -100,7 +99,7 @@ command's suites) appear at the end.""",
 
 
 def parse_export(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/export.py",
         description="Bring an adapter into another form.",
         epilog="""forms:
@@ -134,7 +133,7 @@ examples:
 
 
 def parse_compare(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/compare.py",
         description="Compare PEFT methods: the same recipe, steps and number of trials for each.",
         epilog="""Every method is trained with every learning rate and seed of the file and evaluated on the validation
@@ -148,13 +147,13 @@ examples:
     parser.add_argument("--config", metavar="FILE", required=True, help="comparison YAML")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print every trial and test with its number and state")
-    what.add_argument("--trial", type=_at_least(0), metavar="N", help="run one of them alone")
+    what.add_argument("--trial", type=at_least(0), metavar="N", help="run one of them alone")
     what.add_argument("--report", action="store_true", help="run nothing; report what is finished")
     return parser.parse_args(argv)
 
 
 def parse_checkpoint(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="launch/checkpoint.py", description="Checkpoints of a run.")
+    parser = Parser(prog="launch/checkpoint.py", description="Checkpoints of a run.")
     parser.add_argument("action", choices=["inspect", "verify", "export"], help="what to do")
     parser.add_argument("path", help="a checkpoint-N folder, or a run's output_dir with several")
     parser.add_argument("--out", metavar="DIR", help="export: folder for the adapter, in PEFT's format")
@@ -165,7 +164,7 @@ def parse_checkpoint(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parse_plan(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/plan.py",
         description="Memory, traffic and time of a recipe on a cluster, for every DeepSpeed configuration and kind of\n"
         "recomputation; the one to take, what bounds it, and how it scales. Needs no GPU and no weights.",
@@ -211,103 +210,9 @@ def parse_plan(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def parse_benchmark(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="launch/benchmark.py",
-        description="Measure FVAE-LoRA beside the frozen base and LoRA, and beside the least that is possible.",
-        epilog="""examples:
-  python launch/benchmark.py --floor --dim 4096 --tokens 8192       # the floor alone: bytes, operations, time
-  python launch/benchmark.py layer --tokens 2048 8192 --output out  # one linear, forward and backward
-  python launch/benchmark.py step --shape 8b --liger --recompute full none
-  python launch/benchmark.py step --shape 8b --gpus 2 --compare trl # training runs under ZeRO-3
-  python launch/benchmark.py attention
+def at_least(smallest: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `smallest` on."""
 
---floor alone stands for layer --floor. Each subcommand has --help.""",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="{layer,step,attention}", required=True)
-    layer = commands.add_parser("layer", help="one linear and its adapter")
-    layer.add_argument("--floor", action="store_true", help="print the floor of the layer and measure no variant")
-    layer.add_argument("--dim", type=_at_least(1), default=4096, metavar="D", help="in-features (default: 4096)")
-    layer.add_argument("--out-dim", type=_at_least(1), metavar="O", help="out-features (default: as --dim)")
-    _add_variants(layer)
-    step = commands.add_parser("step", help="whole training steps of a Llama with random weights")
-    _add_step(step)
-    attention = commands.add_parser("attention", help="causal attention alone")
-    for option, default in (("--heads", 32), ("--kv-heads", 8), ("--head-dim", 128)):
-        attention.add_argument(option, type=_at_least(1), default=default, metavar="N", help=f"default: {default}")
-    backends = ["sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash_attention_2"]
-    attention.add_argument("--backends", nargs="+", choices=backends, help="default: all")
-    for command, tokens in (
-        (layer, [2048, 8192, 32768]),
-        (step, [2048, 4096, 8192, 16384]),
-        (attention, [8192, 32768]),
-    ):
-        _add_common(command, tokens)
-        if command is not attention:
-            _add_adapter(command)
-        command.set_defaults(floor=False)
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(["layer", *argv] if "--floor" in argv and argv[0] not in commands.choices else argv)
-    _check_benchmark(parser, args)
-    return args
-
-
-def _add_variants(parser: argparse.ArgumentParser) -> None:
-    choices = ["base", "lora", "torch", "fused", "reference"]
-    parser.add_argument("--reference", metavar="PATH", help="a clone of idiap/FVAE-LoRA, whose layer is measured too")
-    parser.add_argument("--variants", nargs="+", choices=choices, help="what to compare (default: all that can be)")
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"]
-    parser.add_argument("--shape", choices=["8b", "1b", "tiny"], default="8b", help="of Llama-3 (default: 8b)")
-    parser.add_argument("--recompute", nargs="+", choices=["full", "none"], default=["full"], help="default: full")
-    parser.add_argument("--targets", nargs="+", choices=modules, default=["q_proj", "v_proj"], help="adapted linears")
-    parser.add_argument("--attention", choices=["sdpa", "flash_attention_2"], default="sdpa", help="default: sdpa")
-    parser.add_argument("--liger", action="store_true", help="Liger's fused norms, gated units and loss")
-    parser.add_argument("--telemetry", action="store_true", help="measure FVAE's variants with the ELBO's terms too")
-    _add_variants(parser)
-    parser.add_argument("--gpus", type=_at_least(1), metavar="N", help="train on N GPUs under ZeRO-3, a run a variant")
-    parser.add_argument("--steps", type=_at_least(6), default=10, metavar="N", help="--gpus: steps (default: 10)")
-    parser.add_argument("--compare", choices=["trl"], help="--gpus: also TRL and PEFT LoRA at their defaults")
-
-
-def _add_common(parser: argparse.ArgumentParser, tokens: list[int]) -> None:
-    default = " ".join(map(str, tokens))
-    parser.add_argument("--tokens", nargs="+", type=_at_least(2), default=tokens, metavar="T", help=default)
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: by the device")
-    parser.add_argument("--rounds", type=_at_least(1), default=10, metavar="N", help="measured (default: 10)")
-    parser.add_argument("--warm-up", type=_at_least(0), default=3, metavar="N", help="rounds before (default: 3)")
-    parser.add_argument("--output", metavar="DIR", help="folder for benchmark.md, .csv, .json and .png")
-
-
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    sizes = {"--r": (1, 16), "--encoder-layers": (0, 1), "--encoder-hidden": (1, 16)}
-    sizes |= {"--decoder-layers": (0, 3), "--decoder-hidden": (1, 128)}
-    for option, (smallest, default) in sizes.items():
-        parser.add_argument(option, type=_at_least(smallest), default=default, metavar="N", help=f"default: {default}")
-    parser.add_argument("--dropout", type=float, default=0.1, metavar="P", help="of every variant (default: 0.1)")
-
-
-def _check_benchmark(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.command != "attention" and not 0 <= args.dropout < 1:
-        parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
-    if args.command == "attention" and args.heads % args.kv_heads:
-        parser.error(f"--heads {args.heads} is no multiple of --kv-heads {args.kv_heads}")
-    if args.command != "attention" and "reference" in (args.variants or ()) and not args.reference:
-        parser.error("--variants reference needs --reference PATH")
-    if args.command == "step":
-        if args.compare and args.gpus is None:
-            parser.error("--compare goes with --gpus")
-        if args.gpus is not None and "base" in (args.variants or ()):
-            parser.error("--variants base trains nothing, so that it does not go with --gpus")
-        if args.gpus is not None and args.reference:
-            parser.error("--reference does not go with --gpus: that code knows no ZeRO-3")
-        if "all-linear" in args.targets and len(args.targets) > 1:
-            parser.error("--targets: all-linear stands alone")
-
-
-def _at_least(smallest: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         value = int(text)
         if not smallest <= value < 2**32:

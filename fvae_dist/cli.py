@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import functools
 import logging
 import os
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from fvae_dist import arguments
+from fvae_dist.benchmark_arguments import parse_benchmark
+from fvae_dist.training.leaving import leave
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
@@ -50,20 +51,6 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> NoReturn:
     """The installed command `fvae-dist`."""
     leave(main())
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with a finished command's code, past the interpreter's teardown.
-
-    There a thread of a process group that lets go of a tensor can end the process by SIGABRT ("terminate called without
-    an active exception", https://github.com/pytorch/pytorch/issues/190489), even after destroy_process_group, and a run
-    that has saved everything, to be requeued, would count as crashed.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or it is closed
-            stream.flush()
-    os._exit(code)
 
 
 def _command(run: Callable[[list[str] | None], int]) -> Callable[..., int]:
@@ -205,7 +192,7 @@ def plan_command(argv: list[str] | None) -> int:
 @_command
 def benchmark_command(argv: list[str] | None) -> int:
     """Measure layers, steps or attention. Exit codes: 0 done; 2 bad argument; else a crash."""
-    args = arguments.parse_benchmark(argv)
+    args = parse_benchmark(argv)
     # Imported only now: --help and a mistake in the arguments take no seconds.
     from fvae_dist.benchmarking.command import benchmark
 

@@ -108,9 +108,9 @@ def _compare(setting: Setting, cluster: Cluster, folder: Path, changes: list[str
     if problem:
         print((folder / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
         return Comparison(setting, cluster, planned, error=problem)
-    speeds, peaks = read_logs(Path(recipe.training.output_dir) / "tensorboard")
-    seconds = planned.step.tokens / statistics.median(speeds[WARM_UP:])
-    return Comparison(setting, cluster, planned, max(peaks), seconds)
+    logs = read_logs(Path(recipe.training.output_dir) / "tensorboard")
+    seconds = planned.step.tokens / statistics.median(logs.speeds[WARM_UP:])
+    return Comparison(setting, cluster, planned, max(logs.peaks), seconds)
 
 
 def _plan(recipe: Recipe, cluster: Cluster) -> Option:

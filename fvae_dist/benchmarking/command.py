@@ -1,8 +1,9 @@
-"""What `fvae-dist benchmark` does: measures the ceilings, then layers, steps or attention, and reports them."""
+"""What `fvae-dist benchmark` does: measures the ceilings, then what the arguments say, and reports it."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 
 from fvae_dist.benchmarking.attention import BACKENDS, AttentionRun, benchmark_attention
+from fvae_dist.benchmarking.context import CONTEXT, ContextRun, benchmark_context, take_up
 from fvae_dist.benchmarking.floor import Ceilings, LayerSize, base_floor
 from fvae_dist.benchmarking.layer import LayerRun, benchmark_layer
+from fvae_dist.benchmarking.lengths import doubled
 from fvae_dist.benchmarking.reference import source_folder
 from fvae_dist.benchmarking.report import Axes, Column, Report
 from fvae_dist.benchmarking.step import StepRun, benchmark_step
@@ -27,6 +30,7 @@ from fvae_dist.benchmarking.variants import (
     LABELS,
     LORA,
     REFERENCE,
+    STOCK,
     TORCH,
     AdapterSize,
     default_dtype,
@@ -71,6 +75,7 @@ _STEP = [
     Column("mfu", "MFU", ".1%"),
     Column("tflops", "hardware TFLOP/s", ",.4g"),
     Column("peak_gib", "peak GiB", ",.2f"),
+    Column("host_peak_gib", "host peak GiB", ",.2f"),
     Column("note", "note"),
 ]
 _ATTENTION = [
@@ -105,19 +110,21 @@ def benchmark(args: argparse.Namespace) -> str:
     dtype = default_dtype(args.dtype, device)
     ceilings = measure_ceilings(device, dtype)
     free_memory(device)
-    measure = {"attention": _attention, "step": _step, "layer": _floor if args.floor else _layer}[args.command]
+    layer = _floor if args.floor else _layer
+    measure = {"attention": _attention, "context": _context, "step": _step, "layer": layer}[args.command]
     report, rows = measure(args, device, dtype, ceilings)
     for row in rows:
-        report.rows.append(row)
+        report.add(row)
         print(report.line(row), file=sys.stderr, flush=True)
         if args.output:  # after every row: a run that is cut short leaves what it had
             report.write(Path(args.output))
     if args.output:
+        report.write(Path(args.output))
         report.plot(Path(args.output) / "benchmark.png")
     return report.markdown()
 
 
-# ------------------------------------------------------------------------------------------------------- the four kinds
+# ------------------------------------------------------------------------------------------------------- the five kinds
 
 
 def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
@@ -175,22 +182,7 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
     several = args.gpus is not None
     alone = [LORA, TORCH, FUSED] if several else [BASE, LORA, TORCH, FUSED]
     variants = args.variants or [*alone, *([REFERENCE] if args.reference else [])]
-    run = StepRun(
-        shape=args.shape,
-        tokens=args.tokens,
-        recompute=args.recompute,
-        variants=variants,
-        targets=args.targets,
-        adapter=_adapter(args),
-        attention=args.attention,
-        liger=args.liger,
-        telemetry=args.telemetry,
-        device=device,
-        dtype=dtype,
-        rounds=args.rounds,
-        warm_up=args.warm_up,
-        reference=args.reference,
-    )
+    run = _step_run(args, variants, device, dtype)
     if several:
         rows = benchmark_training(TrainingRun(run, args.gpus, args.steps, args.compare == "trl"), ceilings)
         how = f"ZeRO-3, {args.gpus} rank(s)"
@@ -209,6 +201,53 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
     )
     axes = Axes("tokens_per_s", "tokens/s/GPU", ("label", "recompute"))
     return Report(title, _head(args, device, dtype, ceilings), _STEP, axes, notes), rows
+
+
+def _step_run(
+    args: argparse.Namespace, variants: list[str], device: torch.device, dtype: torch.dtype, **changes: Any
+) -> StepRun:
+    given = vars(args) | {"variants": variants, "adapter": _adapter(args), "device": device, "dtype": dtype} | changes
+    return StepRun(**{field.name: given[field.name] for field in dataclasses.fields(StepRun)})
+
+
+def _context(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
+    names = args.variants or [LORA, FUSED if device.type == "cuda" else TORCH]
+    step = _step_run(args, names, device, dtype, recompute=[args.recompute], telemetry=False, rounds=1, reference=None)
+    changes = {
+        "training.sequence_parallel": args.sequence_parallel if args.sequence_parallel > 1 else None,
+        "training.activation_offload": "true" if args.activation_offload else None,
+        "training.resident_weights": args.resident if args.resident != "auto" else None,
+    }
+    stated = {key: value for key, value in changes.items() if value is not None}
+    training = TrainingRun(
+        step,
+        args.gpus,
+        args.steps,
+        args.compare == "trl",
+        args.warm_up,
+        args.sequence_parallel,
+        tuple(f"{key}={value}" for key, value in stated.items()),
+        args.run_timeout,
+    )
+    names = [*names, *([STOCK] if training.compare else [])]
+    lengths = args.tokens or doubled(args.first, args.last)
+    run = ContextRun(training, names, lengths, args.resolution, args.attention_tflops)
+    head, rows = _head(args, device, dtype, ceilings), list[dict[str, Any]]()
+    if args.output:
+        head, rows = take_up(Path(args.output) / "benchmark.json", head)
+    how = [f"recompute {args.recompute}", *(f"{key.partition('.')[2]} {value}" for key, value in stated.items())]
+    title = f"Long sequences, {args.shape}, ZeRO-3, {args.gpus} rank(s), {dtype_name(dtype)}, {args.attention}"
+    title += f"{', Liger' if args.liger else ''}, {', '.join(how)}, {' '.join(args.targets)}"
+    notes = [
+        f"Medians and quartiles of steps {args.warm_up + 1} to {args.steps} of one training run each; peaks are the "
+        "largest of the ranks. MFU: 4 N tokens and causal attention, no recomputation, as a share of the product "
+        "measured here. Of attention's ceiling: its operations alone, those that are recomputed among them, over the "
+        "whole step."
+    ]
+    order = [*names, *(row["variant"] for row in rows)].index
+    axes = Axes("tokens_per_s", "tokens/s/GPU")
+    report = Report(title, head, CONTEXT, axes, notes, rows, lambda row: (row["tokens"], order(row["variant"])))
+    return report, benchmark_context(run, report, Ceilings(**head["ceilings"]))
 
 
 def _attention(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Measuring:
@@ -241,13 +280,13 @@ def _adapter(args: argparse.Namespace) -> AdapterSize:
 def _check(args: argparse.Namespace, device: torch.device) -> None:
     """Refuse what cannot be measured here before anything is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("start it without a launcher: step --gpus N starts the processes itself")
-    if args.command != "attention" and args.reference:
+        raise RecipeError("start it without a launcher: --gpus N starts the processes itself")
+    if args.command in ("layer", "step") and args.reference:
         try:
             source_folder(args.reference)
         except ValueError as error:
             raise RecipeError(f"--reference: {error}") from None
-    if args.command != "step":
+    if args.command not in ("context", "step"):
         return
     if args.liger and device.type == "cpu":
         raise RecipeError("--liger: Liger's kernels need a GPU")

@@ -31,13 +31,16 @@ class ModelSize:
     def attention_forward(self, tokens: int) -> float:
         return self.layers * attention_forward(tokens, self.heads, self.head_dim)
 
+    def attention_operations(self, tokens: int, recompute: bool) -> float:
+        """What runs of attention: flash attention's five products in the backward, and the forward again."""
+        return (4.5 if recompute else 3.5) * self.attention_forward(tokens)
+
     def model_operations(self, tokens: int) -> float:
         return 4.0 * self.linear_parameters * tokens + 3 * self.attention_forward(tokens)
 
     def hardware_operations(self, tokens: int, recompute: bool, adapters: float) -> float:
-        again = 2.0 * self.linear_parameters * tokens + self.attention_forward(tokens) if recompute else 0.0
-        attention = 3.5 * self.attention_forward(tokens)
-        return 4.0 * self.linear_parameters * tokens + attention + again + adapters
+        products = (6.0 if recompute else 4.0) * self.linear_parameters * tokens
+        return products + self.attention_operations(tokens, recompute) + adapters
 
 
 def size_of(model: Any) -> ModelSize:

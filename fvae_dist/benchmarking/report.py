@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ class Axes(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """`head` (GPU, versions, date, configuration, ceilings) and the rows, with how to show them."""
+    """`head` (GPU, versions, date, configuration, ceilings) and the rows, with how to show them.
+
+    `order`: sorts the rows by what it returns; None: as they come.
+    """
 
     title: str
     head: dict[str, Any]
@@ -38,6 +42,13 @@ class Report:
     axes: Axes
     notes: list[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    order: Callable[[dict[str, Any]], Any] | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Put a row where it belongs."""
+        self.rows.append(row)
+        if self.order is not None:
+            self.rows.sort(key=self.order)
 
     def markdown(self) -> str:
         """Title, circumstances, table, notes; columns that no row has are left out."""
@@ -76,10 +87,12 @@ class Report:
         return json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """benchmark.md, .csv and .json, of the rows there are."""
+        """benchmark.md, .csv and .json, of the rows there are; each is replaced as a whole."""
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in (("md", self.markdown() + "\n"), ("csv", self.csv()), ("json", self.json())):
-            (folder / f"benchmark.{suffix}").write_text(text, encoding="utf-8")
+            aside = folder / f".benchmark.{suffix}.partial"
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, folder / f"benchmark.{suffix}")
 
     def plot(self, path: Path) -> None:
         """Lines over tokens with quartiles where they were measured; says so where it cannot."""

@@ -199,8 +199,9 @@ def step_row(
     tokens: int,
     name: str,
     measured: dict[str, Measured],
+    num_gpus: int = 1,
 ) -> dict[str, Any]:
-    """One line of the table; `adapted` are the linears that the variant adapts."""
+    """One line of the table; `adapted` are the linears that the variant adapts, `num_gpus` share the sequence."""
     variant = name.removesuffix(TERMS)
     again = recompute == "full"
     layers = [LayerSize(dim, out, tokens, run.dtype.itemsize) for dim, out in adapted]
@@ -209,16 +210,18 @@ def step_row(
     floor_s = of_base / ceilings.operations_per_s + sum(floor.seconds(ceilings, again) for floor in floors)
     label = LABELS.get(variant, variant) + (", telemetry" if name.endswith(TERMS) else "")
     row: dict[str, Any] = {"recompute": recompute, "tokens": tokens, "variant": name, "label": label}
-    row["floor_ms"] = 1e3 * floor_s
+    row["floor_ms"] = 1e3 * floor_s / num_gpus
     result = measured[name]
     if result.error:
         return row | {"note": result.error}
-    seconds = add_times(row, result.ms)
+    seconds = add_times(row, result.ms) * num_gpus
     row["tokens_per_s"] = tokens / seconds
     row["mfu"] = size.model_operations(tokens) / seconds / ceilings.operations_per_s
     operations = of_base + sum(floor.operations(again) for floor in floors)
     row["tflops"] = operations / seconds / 1e12
     row["peak_gib"] = None if result.peak_bytes is None else result.peak_bytes / 2**30
+    if result.host_peak_bytes is not None:
+        row["host_peak_gib"] = result.host_peak_bytes / 2**30
     others = {"ratio_to_lora": LORA} | ({"ratio_to_silent": variant} if name.endswith(TERMS) else {})
     for key, other in others.items():
         if other in measured and measured[other].ms:

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist.benchmarking.timing import synchronise
-from fvae_dist.cli import leave
-from fvae_dist.training.callbacks import peak_memory_gib
+from fvae_dist.training.callbacks import host_peak_gib, peak_memory_gib
+from fvae_dist.training.leaving import leave
 from fvae_dist.training.process_group import ended_with
 from fvae_dist.training.run import start_process_group
 
@@ -82,10 +82,11 @@ def main(folder: Path) -> None:
         callbacks=[clock],
     )
     trainer.train()
-    peak = torch.tensor([peak_memory_gib(args.device)], device=args.device)
-    peak_gib = float(trainer.accelerator.gather(peak).max())
+    peaks = torch.tensor([[peak_memory_gib(args.device), host_peak_gib()]], device=args.device)
+    peak_gib, host_gib = trainer.accelerator.gather(peaks).amax(dim=0).tolist()
     if trainer.is_world_process_zero():
-        (folder / "stock_result.json").write_text(json.dumps({"ms": clock.ms, "peak_gib": peak_gib}))
+        found = {"ms": clock.ms, "peak_gib": peak_gib, "host_peak_gib": host_gib}
+        (folder / "stock_result.json").write_text(json.dumps(found))
 
 
 def _arguments(folder: Path, asked: dict[str, Any]) -> SFTConfig:

@@ -21,12 +21,14 @@ class Measured:
     Attributes:
         peak_bytes: allocated at the highest point of any round, all of this process; None on a CPU.
         extra_bytes: of these, what was not allocated when the round began.
+        host_peak_bytes: largest resident set of a rank; of training runs only.
         error: why there is nothing, else empty.
     """
 
     ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     extra_bytes: int | None = None
+    host_peak_bytes: int | None = None
     error: str = ""
 
 

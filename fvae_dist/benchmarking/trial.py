@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import LlamaConfig
@@ -51,27 +51,36 @@ class Setting:
     liger: bool = False
     telemetry: bool = False
     steps: int = STEPS
+    sequence_parallel: int = 1  # GPUs that share a sequence
 
     def __str__(self) -> str:
         return f"{self.shape} T={self.length} recompute={'full' if self.recompute else 'none'}"
 
 
-def config_of(shape: str) -> LlamaConfig:
-    """The model's configuration."""
+class RunLogs(NamedTuple):
+    """What a run has logged, step by step: tokens/s of a GPU, peak GiB of the device and of a rank on the host."""
+
+    speeds: list[float]
+    peaks: list[float]
+    host_peaks: list[float]
+
+
+def config_of(shape: str, length: int = 0) -> LlamaConfig:
+    """The model's configuration, with positions for sequences of `length` tokens."""
     sizes: dict[str, Any] = _LLAMA | SHAPES[shape]
+    sizes["max_position_embeddings"] = max(length, sizes["max_position_embeddings"])
     return LlamaConfig(**sizes)
 
 
 def write_inputs(setting: Setting, num_gpus: int, folder: Path) -> Path:
     """Model folder without weights, data (each record `length` tokens), and the recipe; returns the recipe's path."""
     model = folder / "model"
-    config_of(setting.shape).save_pretrained(model)
+    config_of(setting.shape, setting.length).save_pretrained(model)
     _write_tokenizer(model)
-    records = [
-        {"text": " ".join(f"w{(7 * record + word * word) % 1000}" for word in range(setting.length - 1))}
-        for record in range(setting.steps * num_gpus)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with open(folder / "data.jsonl", "w") as data:
+        for record in range(setting.steps * num_gpus // setting.sequence_parallel):
+            words = (f"w{(7 * record + word * word) % 1000}" for word in range(setting.length - 1))
+            data.write(json.dumps({"text": " ".join(words)}) + "\n")
     config = "zero3.json" if num_gpus > 1 else "zero2.json"
     recipe = {
         "model": {"name_or_path": str(model), "random_weights": True, "attention": setting.attention},
@@ -113,16 +122,16 @@ def torchrun(num_gpus: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
 
 
-def run_to_end(command: list[str], log_path: Path) -> str:
+def run_to_end(command: list[str], log_path: Path, timeout_s: float = TIMEOUT_S) -> str:
     """Run to the end; returns what went wrong, or nothing. In a session of its own, of which no rank outlives it, and
     none this process when it is terminated."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with open(log_path, "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = process.wait(TIMEOUT_S)
+            code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            return f"longer than {TIMEOUT_S} s"
+            return f"longer than {timeout_s:g} s"
         finally:
             signal.signal(signal.SIGTERM, before)
             if process.poll() is None:
@@ -131,13 +140,11 @@ def run_to_end(command: list[str], log_path: Path) -> str:
     return f"exit code {code}" if code else ""
 
 
-def read_logs(folder: Path) -> tuple[list[float], list[float]]:
-    """Tokens/s of a GPU and peak GiB, step by step."""
+def read_logs(folder: Path) -> RunLogs:
+    """What a run's TensorBoard folder holds."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    speeds, peaks = (
-        [event.value for event in events.Scalars(tag)] for tag in ("perf/tokens_per_s_per_gpu", "mem/peak_gib")
-    )
-    return speeds, peaks
+    tags = ("perf/tokens_per_s_per_gpu", "mem/peak_gib", "mem/host_peak_gib")
+    return RunLogs(*([event.value for event in events.Scalars(tag)] for tag in tags))

@@ -7,6 +7,7 @@ SFTTrainer with PEFT's LoRA at its defaults (fvae_dist.benchmarking.stock), on t
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from fvae_dist.benchmarking.attached import linears_of
 from fvae_dist.benchmarking.floor import Ceilings
-from fvae_dist.benchmarking.flops import size_of
+from fvae_dist.benchmarking.flops import ModelSize, size_of
 from fvae_dist.benchmarking.step import TERMS, StepRun, names_of, step_row
 from fvae_dist.benchmarking.timing import OUT_OF_MEMORY, Measured, describe
 from fvae_dist.benchmarking.trial import (
     ROOT,
+    TIMEOUT_S,
     WARM_UP,
     Setting,
     config_of,
@@ -35,15 +37,33 @@ from fvae_dist.benchmarking.trial import (
 )
 from fvae_dist.benchmarking.variants import LORA, STOCK, TORCH, dtype_name
 
+# Of the device (torch, CUDA, NCCL) and of the host; a rank that the kernel's out-of-memory killer ended says nothing.
+_NO_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA error: out of memory|failure 2 'out of memory'|an't allocate memory|annot allocate memory"
+    r"|exitcode\s*: -9\b"
+)
+
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What `step --gpus` was asked for beside `step` itself; `steps` are a run's, the first few of them unmeasured."""
+    """What `step --gpus` was asked for beside `step` itself.
+
+    Attributes:
+        steps: a run's, the first `warm_up` of them unmeasured.
+        compare: whether TRL's stock stack is measured too.
+        sequence_parallel: GPUs that share a sequence of ours.
+        changes: more of ours for --set.
+        timeout_s: of a run.
+    """
 
     step: StepRun
     num_gpus: int
     steps: int
     compare: bool
+    warm_up: int = WARM_UP
+    sequence_parallel: int = 1
+    changes: tuple[str, ...] = ()
+    timeout_s: float = TIMEOUT_S
 
 
 def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
@@ -51,10 +71,7 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
 
     Ratios are of the medians of separate runs.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(run.step.shape))
-    linears = linears_of(model, run.step.targets).values()
-    size, adapted = size_of(model), [(linear.in_features, linear.out_features) for linear in linears]
+    size, adapted = sizes_of(run.step)
 
     def row_of(name: str, tokens: int, recompute: str) -> dict[str, Any]:
         print(f"{name}, T = {tokens}, recompute {recompute} ...", file=sys.stderr, flush=True)
@@ -68,11 +85,20 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
             is_new = run.compare and tokens not in stock
             if is_new:
                 stock[tokens] = row_of(STOCK, tokens, "full")  # TRL's default, whatever ours does
-            _add_ratios(rows, stock.get(tokens, {}))
+            add_ratios(rows, stock.get(tokens, {}))
             yield from [*rows, stock[tokens]] if is_new else rows
 
 
-def _add_ratios(rows: list[dict[str, Any]], stock: dict[str, Any]) -> None:
+def sizes_of(step: StepRun) -> tuple[ModelSize, list[tuple[int, int]]]:
+    """The model's size, and (in-features, out-features) of what is adapted."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(step.shape))
+    linears = linears_of(model, step.targets).values()
+    return size_of(model), [(linear.in_features, linear.out_features) for linear in linears]
+
+
+def add_ratios(rows: list[dict[str, Any]], stock: dict[str, Any]) -> None:
+    """Put the ratios of our rows of one length to LoRA's, the stock stack's and the silent variant's into them."""
     ms = {row["variant"]: row.get("ms") for row in rows}
     for row in rows:
         others = {"ratio_to_lora": ms.get(LORA), "ratio_to_trl": stock.get("ms")}
@@ -99,6 +125,7 @@ def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Mea
         step.liger,
         name.endswith(TERMS),
         run.steps,
+        1 if name == STOCK else run.sequence_parallel,
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -106,13 +133,13 @@ def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Mea
         if name == STOCK:
             command = _stock_command(run, setting, folder)
         else:
-            command = train_command(recipe, run.num_gpus, _changes(step))
-        problem = run_to_end(command, folder / "log")
+            command = train_command(recipe, run.num_gpus, [*_changes(step), *run.changes])
+        problem = run_to_end(command, folder / "log", run.timeout_s)
         if problem:
             log = (folder / "log").read_text(errors="replace")
             print(log[-3000:], file=sys.stderr)
-            return Measured(error=OUT_OF_MEMORY if "OutOfMemoryError" in log else problem)
-        return _read_stock(folder) if name == STOCK else _read_own(folder, tokens)
+            return Measured(error=OUT_OF_MEMORY if _NO_MEMORY.search(log) else problem)
+        return _read_stock(folder, run) if name == STOCK else _read_own(folder, tokens, run)
 
 
 def _changes(step: StepRun) -> list[str]:
@@ -132,11 +159,17 @@ def _stock_command(run: TrainingRun, setting: Setting, folder: Path) -> list[str
     return [*torchrun(run.num_gpus), "-m", "fvae_dist.benchmarking.stock", str(folder)]
 
 
-def _read_own(folder: Path, tokens: int) -> Measured:
-    speeds, peaks = read_logs(folder / "run" / "tensorboard")
-    return Measured(ms=[1e3 * tokens / speed for speed in speeds[WARM_UP:]], peak_bytes=round(max(peaks) * 2**30))
+def _read_own(folder: Path, tokens: int, run: TrainingRun) -> Measured:
+    """Speeds are a GPU's: a sequence that several share takes so many times less of each."""
+    logs = read_logs(folder / "run" / "tensorboard")
+    ms = [1e3 * tokens / (run.sequence_parallel * speed) for speed in logs.speeds]
+    return _measured(ms, run, max(logs.peaks), max(logs.host_peaks))
 
 
-def _read_stock(folder: Path) -> Measured:
+def _read_stock(folder: Path, run: TrainingRun) -> Measured:
     found = json.loads((folder / "stock_result.json").read_text())
-    return Measured(ms=found["ms"][WARM_UP:], peak_bytes=round(found["peak_gib"] * 2**30))
+    return _measured(found["ms"], run, found["peak_gib"], found["host_peak_gib"])
+
+
+def _measured(ms: list[float], run: TrainingRun, peak_gib: float, host_peak_gib: float) -> Measured:
+    return Measured(ms[run.warm_up :], round(peak_gib * 2**30), host_peak_bytes=round(host_peak_gib * 2**30))

@@ -47,7 +47,7 @@ class StartupChecks(TrainerCallback):
 
 
 class PerformanceLogs(TrainerCallback):
-    """Adds perf/mfu, perf/hfu and mem/peak_gib to every log line; memory is the largest of the ranks."""
+    """Adds perf/mfu, perf/hfu and mem/{peak,host_peak}_gib to every log line; memory is the largest of the ranks."""
 
     def __init__(self, trainer: Any, matmul_parameters: int, peak: float | None, trained: bool = False):
         self.trainer = trainer
@@ -63,8 +63,9 @@ class PerformanceLogs(TrainerCallback):
             # DeepSpeed passes over a step whose gradients are not finite, without a word.
             logs["optim/skipped_steps"] = engine.skipped_steps
         device = self.trainer.args.device
-        local = torch.tensor([peak_memory_gib(device)], device=device)
-        logs["mem/peak_gib"] = float(self.trainer.accelerator.gather(local).max())
+        local = torch.tensor([[peak_memory_gib(device), host_peak_gib()]], device=device)
+        largest = self.trainer.accelerator.gather(local).amax(dim=0)
+        logs["mem/peak_gib"], logs["mem/host_peak_gib"] = largest.tolist()
         if self.peak is not None and "perf/tokens_per_s_per_gpu" in logs:
             logs["perf/mfu"], logs["perf/hfu"] = utilisation(
                 logs["perf/tokens_per_s_per_gpu"],
@@ -109,6 +110,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process so far: the CUDA allocator's, or on CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    return host_peak_gib()
+
+
+def host_peak_gib() -> float:
+    """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 

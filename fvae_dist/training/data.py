@@ -23,10 +23,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
-from trl import pack_dataset
 
 from fvae_dist.training.data_cache import build_or_load, wait_and_load
+from fvae_dist.training.portions import CHARACTERS, RECORDS, pack, rows_at_once
 from fvae_dist.training.recipe import DataSection, RecipeError, SourceSection
 from fvae_dist.training.sources import check_source, count_groups, fingerprint_source, read_records, source_name
 from fvae_dist.training.tokenization import (
@@ -41,9 +42,8 @@ __all__ = ["PreparedData", "prepare_data", "render_example"]
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 1  # part of the key: raise it when the same inputs give other tokens
+_CACHE_FORMAT = 2  # part of the key: raise it when the same inputs give other tokens
 _LARGE_NUM_RECORDS = 200_000  # from here on tokenising takes minutes and deserves a progress bar
-_BATCH_ROWS = 1000
 
 _RECORD = datasets.Features(
     {
@@ -53,6 +53,7 @@ _RECORD = datasets.Features(
         "messages": datasets.Value("string"),  # JSON: the keys of messages differ from record to record
     }
 )
+_TEXTS = ("prompt", "completion", "messages")
 _TOKENS = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -71,10 +72,11 @@ class PreparedData:
 
     `train` and `eval` have the columns input_ids and labels (list[int], -100 where there is no loss); with packing also
     seq_lengths, the lengths of the documents in each sequence. `report["train"]` and `report["eval"]` hold the counts
-    num_records (read), num_truncated, num_cut_tokens (taken away by it), num_dropped (too long), num_dropped_no_loss
-    (cut, only the prompt would be left), then, of one epoch, num_examples (after weights), num_sequences (after
-    packing), num_tokens, num_loss_tokens; and under `sources` the same per source, all but num_sequences. With
-    `data.groups` also report["train"]["groups"]: records read, by group.
+    num_records (read), num_truncated, num_cut_tokens (taken away by it), num_split (too long) and num_pieces (what they
+    were split into), num_dropped (too long), num_dropped_no_loss (cut, only the prompt would be left), then, of one
+    epoch, num_examples (after weights), num_sequences (after packing), num_tokens, num_loss_tokens; and under `sources`
+    the same per source, all but num_sequences. With `data.groups` also report["train"]["groups"]: records read, by
+    group.
     """
 
     train: datasets.Dataset
@@ -107,6 +109,7 @@ def prepare_data(
     cache_dir = Path(data.cache_dir) if data.cache_dir else Path(output_dir).absolute().parent / ".data_cache"
     for source in [*data.train, *data.eval]:
         check_source(source)
+    _check_split(data)
     chat_template = resolve_chat_template(data, tokenizer)
     if tokenizer.eos_token_id is None and any(s.format != "messages" for s in [*data.train, *data.eval]):
         raise RecipeError("model.tokenizer: this tokenizer has no EOS token, so no end of a text could be learned")
@@ -123,6 +126,17 @@ def prepare_data(
         raise RecipeError(f"data.cache_dir: {cache_dir} cannot be used: {error}") from error
     logger.info("data: %s; in %s", "; ".join(_describe(*item) for item in prepared.report.items()), folder)
     return prepared
+
+
+def _check_split(data: DataSection) -> None:
+    if data.overlong != "split":
+        return
+    for source in [*data.train, *data.eval]:
+        if source.format != "text":
+            what = f"format {source.format} has prompts, and a piece would begin without its own"
+            raise RecipeError(f"data.overlong: split is for format text alone: {source_name(source)}: {what}")
+    if data.max_length < 3:
+        raise RecipeError("data.max_length: overlong: split needs pieces of at least 3 tokens")
 
 
 def _cache_key(data: DataSection, tokenizer, chat_template: str | None, seed: int) -> str:
@@ -174,21 +188,28 @@ def _build(folder: Path, data: DataSection, tokenizer, chat_template: str | None
 
 def _store_records(source: SourceSection, path: Path) -> None:
     """Stream a source into an Arrow file, so that a corpus never lies in Python lists."""
-    with ArrowWriter(path=str(path), features=_RECORD, writer_batch_size=_BATCH_ROWS) as writer:
+    with ArrowWriter(path=str(path), features=_RECORD, writer_batch_size=RECORDS) as writer:
+        waiting = 0
         for record in read_records(source):
-            writer.write({**asdict(record), "messages": json.dumps(record.messages)})
+            row = {**asdict(record), "messages": json.dumps(record.messages)}
+            writer.write(row)
+            waiting += sum(len(row[name]) for name in _TEXTS)
+            if waiting >= CHARACTERS:
+                writer.write_examples_on_file()
+                waiting = 0
         writer.finalize()
 
 
 def _build_split(split: str, sources: list[SourceSection], work: Path, data: DataSection, tokenize, seed: int):
     """Tokenise, weigh, concatenate and pack the stored records of a split; its data set and report."""
-    parts, counts = [], []
+    parts, counts, lengths = [], [], []
     for index, source in enumerate(sources):
         records = datasets.Dataset.from_file(str(work / f"{split}-{index}-records.arrow"))
         tokens = _tokenize_records(records, partial(tokenize, source=source), work / f"{split}-{index}", data.num_proc)
         rows = _choose_rows(_column(tokens, "outcome"), source.weight, seed, index)
         parts.append(tokens.select_columns(["input_ids", "labels"]).select(rows))
         counts.append(_count(tokens, rows))
+        lengths.append(_column(tokens, "num_tokens")[rows])
     report = {name: sum(count[name] for count in counts) for name in counts[0]}
     if not report["num_examples"]:
         raise RecipeError(
@@ -197,20 +218,19 @@ def _build_split(split: str, sources: list[SourceSection], work: Path, data: Dat
         )
     dataset = datasets.concatenate_datasets(parts)
     if data.packing:
-        # In one process: packs do not cross the borders of its batches, so more processes would pack otherwise. No
-        # document is longer than max_length any more, so packing cuts nothing.
-        cache = {"cache_file_name": str(work / f"{split}-packed.arrow"), "load_from_cache_file": False}
-        dataset = pack_dataset(dataset, data.max_length, strategy="bfd", map_kwargs=cache)
+        # No document is longer than max_length any more, so packing cuts nothing.
+        dataset = pack(dataset, np.concatenate(lengths), data.max_length, work / f"{split}-packed.arrow")
     return dataset, {**report, "num_sequences": len(dataset), "sources": counts}
 
 
 def _tokenize_records(records: datasets.Dataset, tokenize, stem: Path, num_proc: int) -> datasets.Dataset:
     num_proc = min(num_proc, len(records))
+    lengths = sum(pc.binary_length(records.data.column(name)).to_numpy() for name in _TEXTS)
     with _progress_bars(shown=len(records) >= _LARGE_NUM_RECORDS), _forkable_tokenizer(num_proc):
         return records.map(
             tokenize,
             batched=True,
-            batch_size=_BATCH_ROWS,
+            batch_size=rows_at_once(lengths),
             num_proc=num_proc if num_proc > 1 else None,
             remove_columns=records.column_names,
             features=_TOKENS,
@@ -222,8 +242,8 @@ def _tokenize_records(records: datasets.Dataset, tokenize, stem: Path, num_proc:
 
 
 def _choose_rows(outcomes: np.ndarray, weight: float, seed: int, index: int) -> np.ndarray:
-    """Indices of the records that one epoch sees: all kept ones `floor(weight)` times, and a seeded part of them."""
-    kept = np.flatnonzero(outcomes <= Outcome.TRUNCATED)
+    """Indices of the rows that one epoch sees: all kept ones `floor(weight)` times, and a seeded part of them."""
+    kept = np.flatnonzero(outcomes < Outcome.DROPPED)
     whole, part = int(weight // 1), weight % 1
     passes = [kept] * whole
     if part and len(kept):
@@ -237,9 +257,11 @@ def _count(tokens: datasets.Dataset, rows: np.ndarray) -> dict[str, int]:
     outcomes = _column(tokens, "outcome")
     num_of = {outcome: int((outcomes == outcome).sum()) for outcome in Outcome}
     return {
-        "num_records": len(outcomes),
+        "num_records": len(outcomes) - num_of[Outcome.PIECE],
         "num_truncated": num_of[Outcome.TRUNCATED],
         "num_cut_tokens": int(_column(tokens, "num_cut_tokens").sum()),
+        "num_split": num_of[Outcome.SPLIT],
+        "num_pieces": num_of[Outcome.SPLIT] + num_of[Outcome.PIECE],
         "num_dropped": num_of[Outcome.DROPPED],
         "num_dropped_no_loss": num_of[Outcome.DROPPED_NO_LOSS],
         "num_examples": len(rows),
@@ -274,7 +296,8 @@ def _load(folder: Path, data: DataSection) -> PreparedData:
 def _describe(split: str, counts: dict[str, Any]) -> str:
     text = (
         "{num_records} records, {num_sequences} sequences, {num_tokens} tokens ({num_loss_tokens} with loss), "
-        "{num_truncated} truncated ({num_cut_tokens} tokens cut), {num_dropped} dropped as too long, "
+        "{num_truncated} truncated ({num_cut_tokens} tokens cut), {num_split} split into {num_pieces} pieces, "
+        "{num_dropped} dropped as too long, "
         "{num_dropped_no_loss} dropped as nothing to learn was left"
     )
     groups = "".join(f", group {name}: {number}" for name, number in counts.get("groups", {}).items())

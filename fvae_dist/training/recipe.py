@@ -138,8 +138,8 @@ class DataSection(Section):
     train: list[SourceSection] = Field(min_length=1, description="Training sources.")
     eval: list[SourceSection] = Field(default_factory=list, description="Evaluation sources.")
     max_length: int = Field(1024, ge=2, description="Longest sequence, tokens.")
-    overlong: Literal["truncate", "drop"] = Field(
-        "truncate", description="What happens to a longer record; how many is reported."
+    overlong: Literal["truncate", "drop", "split"] = Field(
+        "truncate", description="What happens to a longer record, and is counted; split: into pieces (format text)."
     )
     packing: bool = Field(False, description="Pack several records into one padding-free sequence of max_length.")
     completion_only_loss: bool = Field(True, description="Loss on completion / assistant / output tokens only.")

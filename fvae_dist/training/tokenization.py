@@ -27,12 +27,14 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Outcome(IntEnum):
-    """What became of a record."""
+    """What became of a record; of one that was split each piece is a row. From DROPPED on nothing is left."""
 
     KEPT = 0
     TRUNCATED = 1  # kept, cut to max_length
-    DROPPED = 2  # too long, with `overlong: drop`
-    DROPPED_NO_LOSS = 3  # cut to max_length it would hold its prompt only
+    SPLIT = 2  # first piece of a longer record
+    PIECE = 3  # a further one
+    DROPPED = 4  # too long, with `overlong: drop`
+    DROPPED_NO_LOSS = 5  # cut to max_length it would hold its prompt only
 
 
 def resolve_chat_template(data: DataSection, tokenizer) -> str | None:
@@ -79,8 +81,8 @@ def tokenize_batch(
         batch: columns number, prompt, completion, messages (JSON text), N rows.
 
     Returns:
-        Columns of N rows: input_ids and labels (empty where the record is dropped), outcome, num_tokens and
-        num_loss_tokens of what is kept, num_cut_tokens of what truncation took away.
+        Columns of N rows, more where records are split: input_ids and labels (empty where the record is dropped),
+        outcome, num_tokens and num_loss_tokens of what is kept, num_cut_tokens of what truncation took away.
 
     Raises:
         RecipeError: a record without any token to learn, or one that the chat template cannot render.
@@ -99,7 +101,7 @@ def tokenize_batch(
         labels[:1] = [IGNORED]
         if all(label == IGNORED for label in labels):
             raise RecipeError(f"{place(source, number)}: no token to learn is left after tokenisation")
-        rows.append(_fit(ids, labels, data))
+        rows += _split(ids, labels, data) if data.overlong == "split" else [_fit(ids, labels, data)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -116,6 +118,23 @@ def _fit(ids: list[int], labels: list[int], data: DataSection) -> dict[str, Any]
             outcome, num_cut_tokens = Outcome.TRUNCATED, len(ids) - data.max_length
         keep = data.max_length if outcome is Outcome.TRUNCATED else 0
         ids, labels = ids[:keep], labels[:keep]
+    return _row(ids, labels, outcome, num_cut_tokens)
+
+
+def _split(ids: list[int], labels: list[int], data: DataSection) -> list[dict[str, Any]]:
+    """Consecutive pieces of max_length tokens; the last is shorter, the one before it by a token if that leaves two:
+    of a token alone nothing could be learned."""
+    ends = list(range(data.max_length, len(ids), data.max_length))
+    if ends and len(ids) - ends[-1] == 1:
+        ends[-1] -= 1
+    rows = []
+    for start, end in zip([0, *ends], [*ends, len(ids)], strict=True):
+        outcome = (Outcome.PIECE if start else Outcome.SPLIT) if ends else Outcome.KEPT
+        rows.append(_row(ids[start:end], [IGNORED, *labels[start + 1 : end]], outcome))
+    return rows
+
+
+def _row(ids: list[int], labels: list[int], outcome: Outcome, num_cut_tokens: int = 0) -> dict[str, Any]:
     return {
         "input_ids": ids,
         "labels": labels,

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300  # the first run on a machine compiles a DeepSpeed operator for ~90 s
 PROGRAM = """
 import json, sys
-from fvae_dist.cli import evaluate_command, leave
+from fvae_dist.cli import evaluate_command
+from fvae_dist.training.leaving import leave
 leave(max([evaluate_command(command) for command in json.loads(sys.argv[1])]))
 """
 RECORDS_OF = ("commonsense/boolq", "perplexity/train")

@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fvae_dist.cli import leave
 from fvae_dist.planning.hardware import GIB
 from fvae_dist.planning.memory import estimate_memory
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
+from fvae_dist.training.leaving import leave
 from fvae_dist.training.modeling import load_config
 from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.recipe import Recipe

@@ -34,10 +34,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist import FVAETrainerMixin
-from fvae_dist.cli import leave
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
+from fvae_dist.training.leaving import leave
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.tiled_mlp import tile_mlps

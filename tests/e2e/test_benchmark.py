@@ -106,11 +106,27 @@ def test_attention(tmp_path, capsys):
     assert "ms" in found["rows"][0]
 
 
+@pytest.mark.distributed
+def test_context_goes_on_where_it_was(tmp_path, capfd):
+    command = ["context", "--shape", "tiny", "--tokens", "32", "--steps", "2", "--warm-up", "1", "--dtype", "float32"]
+    command += ["--attention-tflops", "0.1", *ADAPTER]
+    (lora,) = benchmark(capfd, tmp_path, *command, "--variants", "lora")["rows"]
+    found = benchmark(capfd, tmp_path, *command, "--variants", "lora", "torch")
+    assert found["rows"][0] == lora and [row["variant"] for row in found["rows"]] == ["lora", "torch"]
+    for row in found["rows"]:
+        assert min(row[key] for key in ("tokens_per_s", "mfu", "attention_share", "peak_gib", "host_peak_gib")) > 0
+    assert found["rows"][1]["ratio_to_lora"] == found["rows"][1]["ms"] / lora["ms"]
+    assert found["largest"]["torch"] == {"fits": 32, "too_long": None, "failed": ""}
+    assert refused(capfd, *command, "--r", "8", "--output", str(tmp_path)) == (
+        f"{tmp_path}/benchmark.json: rows of other settings: r 4, now 8; take another --output"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "the following arguments are required: {layer,step,attention} (see --help)"),
-        (["layers"], "argument {layer,step,attention}: invalid choice: 'layers'"),
+        ([], "the following arguments are required: {layer,step,attention,context} (see --help)"),
+        (["layers"], "argument {layer,step,attention,context}: invalid choice: 'layers'"),
         (["layer", "--tokens", "1"], "argument --tokens: must be a number >= 2, got 1"),
         (["layer", "--dropout", "1"], "--dropout must lie in [0, 1), got 1.0"),
         (["layer", "--variants", "dora"], "argument --variants: invalid choice: 'dora'"),
@@ -123,6 +139,12 @@ def test_attention(tmp_path, capsys):
         (["step", "--gpus", "1", "--reference", "x"], "--reference does not go with --gpus"),
         (["step", "--variants", "reference"], "--variants reference needs --reference PATH"),
         (["step", "--targets", "all-linear", "q_proj"], "--targets: all-linear stands alone"),
+        (["context", "--steps", "2"], "--steps 2 must be more than --warm-up 2"),
+        (["context", "--from", "9", "--to", "8"], "--to 8 is less than --from 9"),
+        (["context", "--gpus", "3", "--sequence-parallel", "2"], "--gpus 3 is no multiple of --sequence-parallel 2"),
+        (["context", "--attention-tflops", "0"], "--attention-tflops must be > 0, got 0.0"),
+        (["context", "--variants", "base"], "argument --variants: invalid choice: 'base'"),
+        (["context", "--output", "/dev/null/x"], "--output /dev/null/x: not a directory"),
         (["attention", "--heads", "5", "--kv-heads", "2"], "--heads 5 is no multiple of --kv-heads 2"),
     ],
 )

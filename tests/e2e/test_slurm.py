@@ -43,7 +43,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from fvae_dist.cli import leave, train_command
+from fvae_dist.cli import train_command
+from fvae_dist.training.leaving import leave
 from fvae_dist.training import run
 
 

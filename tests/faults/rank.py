@@ -20,8 +20,9 @@ import deepspeed  # noqa: F401
 import torch
 from transformers import TrainerCallback
 
-from fvae_dist.cli import leave, train_command
+from fvae_dist.cli import train_command
 from fvae_dist.training import run
+from fvae_dist.training.leaving import leave
 
 ROOT = Path(__file__).parents[2]
 DAY_S = 86400.0

@@ -224,7 +224,7 @@ def test_rows_of_training_runs(monkeypatch):
 
 
 def test_a_training_run_that_fails_says_how(monkeypatch, capfd):
-    def fail(command, log_path):
+    def fail(command, log_path, timeout_s):
         assert ("-m" in command[5:]) == (command[-2] == "fvae_dist.benchmarking.stock")
         log_path.write_text("torch.OutOfMemoryError: CUDA out of memory" if "stock" in command[-2] else "oops")
         return "exit code 1"

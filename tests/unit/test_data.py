@@ -175,6 +175,49 @@ def test_overlong_records_are_dropped_and_counted(prepare, tokenizer):
     assert (report["num_dropped"], report["num_dropped_no_loss"], report["num_truncated"]) == (2, 0, 0)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("max_length", [3, 4, 5, 7, 16])
+def test_overlong_texts_are_split_and_nothing_is_lost(prepare, tokenizer, max_length, packing):
+    texts = ["abcdefghijklmnopqrstuvwxyz"[:length] for length in range(1, 27)]
+    prepared = prepare(
+        [{"text": text} for text in texts], format="text", max_length=max_length, overlong="split", packing=packing
+    )
+    wholes = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in texts]
+    pieces, found = [], []
+    for example in prepared.train:
+        assert len(example["input_ids"]) <= max_length
+        for length in example.get("seq_lengths", [len(example["input_ids"])]):
+            ids, labels = (example[name][:length] for name in ("input_ids", "labels"))
+            assert length >= 2 and labels == [-100, *ids[1:]]
+            example = {name: example[name][length:] for name in ("input_ids", "labels")}
+            pieces.append(ids)
+    if not packing:  # then they are in their order
+        for ids in pieces:
+            found += [[]] if ids[0] == 1 else []
+            found[-1] += ids
+        assert found == wholes
+    assert sorted(id for ids in pieces for id in ids) == sorted(id for ids in wholes for id in ids)
+    long = [len(ids) for ids in wholes if len(ids) > max_length]
+    report = prepared.report["train"]
+    assert (report["num_records"], report["num_split"]) == (26, len(long))
+    assert report["num_pieces"] == sum(-(-length // max_length) for length in long)
+    assert report["num_examples"] == len(pieces) == 26 - len(long) + report["num_pieces"]
+    assert report["num_tokens"] == sum(map(len, wholes)) == report["num_loss_tokens"] + len(pieces)
+    assert (report["num_truncated"], report["num_dropped"], report["num_cut_tokens"]) == (0, 0, 0)
+
+
+def test_splitting_is_for_texts_alone(prepare, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"^data.overlong: split is for format text alone: .*data.jsonl: format promp"
+    ):
+        prepare(LONG, format="prompt_completion", max_length=8, overlong="split")
+    held_out = {"path": write(tmp_path / "eval.jsonl", [{"messages": CHAT}]), "format": "messages"}
+    with pytest.raises(RecipeError, match=r"eval.jsonl: format messages has prompts"):
+        prepare([{"text": "a"}], format="text", overlong="split", eval=[held_out])
+    with pytest.raises(RecipeError, match=r"^data.max_length: overlong: split needs pieces of at least 3 tokens"):
+        prepare([{"text": "a"}], format="text", overlong="split", max_length=2)
+
+
 def test_nothing_left_is_an_error(prepare):
     with pytest.raises(RecipeError, match=r"data.train: no record is left: 0 of 2 are longer .* 2 would lose all"):
         prepare(pairs(("abcdefgh", "i"), ("abcdefgh", "j")), format="prompt_completion", max_length=4)
@@ -291,6 +334,7 @@ def test_key_follows_what_the_tokens_depend_on(prepare, tmp_path, tokenizer):
         {},
         {"max_length": 9},
         {"overlong": "drop"},
+        {"overlong": "split"},
         {"packing": True},
         {"weight": 2.0},
         {"limit": 1},

@@ -147,6 +147,12 @@ def test_bad_record_is_named_by_file_and_line(tmp_path, name, content, message):
     assert error_of(path).startswith(message)
 
 
+def test_bad_line_in_the_middle_of_a_large_file_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes((GOOD + b"\n") * 20_000 + GOOD[:20] + b"\n" + (GOOD + b"\n") * 20_000)
+    assert error_of(path).startswith(":20001: broken JSON: ")
+
+
 @pytest.mark.parametrize(("content", "message"), [(b"", ": holds no record"), (b"a\n\nb\xff", ":3: not UTF-8")])
 def test_bad_text_file_is_named_by_line(tmp_path, content, message):
     path = tmp_path / "x.txt"
