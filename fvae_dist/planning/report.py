@@ -190,7 +190,7 @@ def _recommended(plan: Plan) -> str:
         f"epoch      {_epoch(epoch_of(best, cluster, plan.load))}",
     ]
     if best.host_gib:
-        lines.append(f"host       {best.host_gib:.1f} GiB of memory a node for the weights")
+        lines.append(f"host       {best.host_gib:.1f} GiB of memory a node for what is offloaded")
     if best.choice.key == plan.own:
         lines.append("change     nothing: the recipe has it so")
     else:
