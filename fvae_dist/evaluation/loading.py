@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.adapter.export import ADAPTER_FILE, CONFIG_FILE, read_json, read_tensors
 from fvae_dist.evaluation.ranks import environment_ranks, uses_cpu
+from fvae_dist.training.adalora import adalora_of
 from fvae_dist.training.checkpoint_files import sha256
 from fvae_dist.training.checks import StartupError, check_partitioned
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
@@ -229,7 +230,17 @@ def _attach(base: nn.Module, folder: Path) -> nn.Module:
             model = PeftModel.from_pretrained(base, str(folder))  # type: ignore[arg-type]
         except (UserWarning, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise RecipeError(f"--adapter {folder}: does not fit the base model: {one_line(error)}") from None
+    if adalora_of(model) is not None:
+        _fill_again(model, folder)
     return model if model.active_peft_config.is_prompt_learning else model.get_base_model()
+
+
+@torch.no_grad()
+def _fill_again(model: PeftModel, folder: Path) -> None:
+    """PEFT makes AdaLoRA's layers anew for the ranks that remain, in the base's dtype: bf16 has rounded the values."""
+    for name, value in read_tensors(folder / ADAPTER_FILE).items():
+        if ".lora_" in name:  # others (modules_to_save) PEFT has loaded as they are
+            model.get_parameter(f"{name}.default").copy_(value)
 
 
 def _shard(model: nn.Module, config: dict[str, Any]) -> nn.Module:

@@ -29,16 +29,22 @@ _RENAMED = {"grad_norm": "optim/grad_norm", "learning_rate": "optim/lr"}
 
 
 class StartupChecks(TrainerCallback):
-    """Before the first step: dtypes, sharding, and a random stream of its own for every rank."""
+    """Before the first step: dtypes, sharding, and a random stream of its own for every rank.
 
-    def __init__(self, trainer: Any):
+    Args:
+        trained: whether the base itself is trained.
+    """
+
+    def __init__(self, trainer: Any, trained: bool = False):
         self.trainer = trainer
+        self.trained = trained
 
     def on_train_begin(self, args, state, control, **kwargs):
-        check_trainable_parameters(self.trainer.model)
         engine = getattr(self.trainer, "deepspeed", None)
+        if engine is None or not self.trained:  # else the weights are the engine's bf16 copies of fp32 masters
+            check_trainable_parameters(self.trainer.model)
         if engine is not None:
-            check_engine_precision(engine)
+            check_engine_precision(engine, of_adapters=not self.trained)
             if engine.zero_optimization_stage() == 3:
                 check = check_resident if getattr(self.trainer, "resident_weights", False) else check_partitioned
                 check(self.trainer.model)

@@ -49,7 +49,7 @@ def optimizer_state(model: nn.Module, optimizer: Any, keep: bool) -> tuple[dict[
             if value is None:
                 raise ValueError(f"{type(base).__name__} has no {moment} of {name}")
             if keep:
-                moments[f"{moment}/{name}"] = value.detach().float().cpu().clone().view(_shape(parameter))
+                moments[f"{moment}/{name}"] = value.detach().float().cpu().clone().view(shape_of(parameter))
     return moments, _step_of(base)
 
 
@@ -63,7 +63,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, moments: dict[str, Te
     for name, parameter in trainable(model):
         for moment in MOMENTS:
             value = moments.get(f"{moment}/{name}")
-            if value is None or value.shape != _shape(parameter):
+            if value is None or value.shape != shape_of(parameter):
                 raise ValueError(f"optimizer state: {moment} of {name} is missing or has another shape")
     _make_states(zero, base, step)
     _link_fragments(zero)
@@ -89,16 +89,20 @@ def _set(parameter: Any, zero: Any, base: Any, moment: str, value: Tensor) -> No
         from deepspeed.utils import safe_set_local_optimizer_state
 
         # Not the "full" function: it takes no parameter whose size the ranks do not divide.
-        size = parameter.ds_tensor.numel()
-        rank = parameter._z3_optimizer._get_param_partition_rank(parameter)
-        flat = value.flatten()
-        padded = torch.cat([flat, flat.new_zeros(max(size * (rank + 1) - len(flat), 0))])
-        mine = padded[size * rank : size * (rank + 1)]
-        safe_set_local_optimizer_state(parameter, mine.to(parameter.ds_tensor.device), moment)
+        safe_set_local_optimizer_state(parameter, own_shard(parameter, value), moment)
     else:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+
+
+def own_shard(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole value of a ZeRO-3 parameter, padded as DeepSpeed's."""
+    size = parameter.ds_tensor.numel()
+    rank = parameter._z3_optimizer._get_param_partition_rank(parameter)
+    flat = value.flatten()
+    padded = torch.cat([flat, flat.new_zeros(max(size * (rank + 1) - len(flat), 0))])
+    return padded[size * rank : size * (rank + 1)].to(parameter.ds_tensor.device)
 
 
 def _make_states(zero: Any, base: Any, step: int) -> None:
@@ -132,7 +136,8 @@ def _step_of(base: Any) -> int:
     return steps.pop()
 
 
-def _shape(parameter: Any) -> torch.Size:
+def shape_of(parameter: Any) -> torch.Size:
+    """Of the whole parameter, also where this rank has a part of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 

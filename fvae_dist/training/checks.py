@@ -13,7 +13,7 @@ class StartupError(RuntimeError):
 
 
 def check_trainable_parameters(model: nn.Module) -> None:
-    """Only adapter parameters train, and each is fp32 (its ZeRO-3 shard too).
+    """Only adapter parameters train, and each is fp32 (its ZeRO-3 shard too). Not for a base that is trained.
 
     Raises:
         StartupError: nothing trains, or something trains in fewer bits.
@@ -30,8 +30,11 @@ def check_trainable_parameters(model: nn.Module) -> None:
                 raise StartupError(f"{name} is {tensor.dtype}, not float32: small updates would be lost")
 
 
-def check_engine_precision(engine: Any) -> None:
-    """DeepSpeed reduces and accumulates the adapters' gradients in fp32 and keeps fp32 master weights.
+def check_engine_precision(engine: Any, of_adapters: bool = True) -> None:
+    """DeepSpeed reduces and accumulates gradients in fp32 and keeps fp32 master weights.
+
+    Args:
+        of_adapters: their gradients are fp32 from the start; a base's are those of its bf16 copy.
 
     Raises:
         StartupError: otherwise; names the setting.
@@ -43,7 +46,7 @@ def check_engine_precision(engine: Any) -> None:
     accumulation = getattr(optimizer, "gradient_accumulation_dtype", fp32)
     if accumulation != fp32:
         raise StartupError(f"gradients are accumulated in {accumulation}, not float32")
-    for dtype in getattr(optimizer, "ipg_buckets", {}):
+    for dtype in getattr(optimizer, "ipg_buckets", {}) if of_adapters else ():
         if dtype != fp32:
             raise StartupError(f"a gradient bucket is {dtype}, not float32")
     groups = getattr(optimizer, "optimizer", optimizer).param_groups

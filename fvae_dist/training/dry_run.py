@@ -52,16 +52,21 @@ def _model(prepared: Prepared) -> str:
     shown = plan.adapted_layers[:4]
     more = len(plan.adapted_layers) - len(shown)
     names = ", ".join(shown) + (f", ... ({more} more)" if more > 0 else "")
-    treated = "all trained" if is_full(prepared.recipe.adapter) else "frozen"
     share = 100 * plan.trainable_parameters / plan.base_parameters
+    treated, adapter = "all trained", []
+    if not is_full(prepared.recipe.adapter):
+        treated = "frozen"
+        adapter = [
+            f"adapted layers: {len(plan.adapted_layers)}: {names}",
+            f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "
+            f"{plan.inference_parameters:,} of them at inference",
+        ]
     scaling = prepared.recipe.model.rope_scaling
     return "\n".join(
         [
             f"base: {prepared.recipe.model.name_or_path}, {plan.base_parameters:,} parameters, {treated}",
             *([describe_scaling(prepared.config, scaling)] if scaling else []),
-            f"adapted layers: {len(plan.adapted_layers)}: {names}",
-            f"adapter parameters: {plan.trainable_parameters:,} in training ({share:.3f} %), "
-            f"{plan.inference_parameters:,} of them at inference",
+            *adapter,
             f"attention: {prepared.attention} ({prepared.attention_reason})",
             f"Liger's layers: {'yes' if prepared.liger else 'no'} ({prepared.liger_reason})",
             str(prepared.fit),

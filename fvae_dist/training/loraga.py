@@ -2,7 +2,8 @@
 
 PEFT's file of such an adapter fits the changed base alone, and PEFT cannot change it again: it was made with gradients
 that nobody has kept. So adapters and checkpoints are written as what training added to the base as it was, a LoRA of
-twice the rank: [A; A0] and [B, -B0], with A0 and B0 what it started from. A resumed run finds both in it.
+twice the rank: [A; A0] and [B, -B0], with A0 and B0 what it started from. A resumed run finds both in it. In bf16 the
+changed base was rounded, which such a LoRA leaves out.
 """
 
 from __future__ import annotations

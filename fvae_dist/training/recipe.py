@@ -293,7 +293,7 @@ class Recipe(Section):
     model: ModelSection
     adapter: dict[str, Any] = Field(
         default_factory=lambda: {"peft_type": "FVAE_LORA"},
-        description="peft_type (default FVAE_LORA) and that PEFT method's own configuration keys.",
+        description="peft_type (default FVAE_LORA; FULL: no adapter) and that PEFT method's own configuration keys.",
     )
     data: DataSection
     training: TrainingSection

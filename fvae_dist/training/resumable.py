@@ -35,7 +35,7 @@ from fvae_dist.training.checkpoint_state import (
     random_states,
 )
 from fvae_dist.training.checkpoints import list_checkpoints
-from fvae_dist.training.full import MODEL_FILE, find_bad_weight, load_weights, trained_weights
+from fvae_dist.training.full import MODEL_FILE, find_bad_weight, load_master_weights, load_weights, whole_weights
 from fvae_dist.training.loraga import own_tensors, saved_config, saved_tensors
 from fvae_dist.training.recipe import RecipeError
 from fvae_dist.training.saving import ADAPTER_FILE, find_bad_tensor, full_trainable_state_dict
@@ -125,7 +125,7 @@ class ResumableTrainerMixin(_TrainerBase):
 
     def _adapter_tensors(self, keep: bool) -> dict[str, Tensor]:
         if not isinstance(self.model, PeftModel):
-            weights = {name: value.cpu().clone() for name, value in trained_weights(self.model).items()} if keep else {}
+            weights = whole_weights(self.model, keep)
             self._refuse_to_write(find_bad_weight(weights))
             return weights
         state_dict = full_trainable_state_dict(self.model, keep=keep)
@@ -218,6 +218,8 @@ class ResumableTrainerMixin(_TrainerBase):
         moments = _read(folder / OPTIMIZER_FILE)
         load_optimizer_state(self.model, self.optimizer, moments, manifest["optimizer_step"])
         load_allocator_state(self.model, moments)
+        if not isinstance(self.model, PeftModel):
+            load_master_weights(self.model, _read(folder / MODEL_FILE))
         self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text(encoding="utf-8")))
         # The scheduler remembers the rates but sets them in its next step only.
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):

@@ -284,7 +284,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> Reci
         liger_head=recipe.training.head == "liger",
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(StartupChecks(trainer))
+    trainer.add_callback(StartupChecks(trainer, trained=is_full(recipe.adapter)))
     if (adalora := adalora_of(model)) is not None:
         trainer.add_callback(RankAllocation(adalora))
     matmul_parameters = plan.base_parameters - plan.embedding_parameters

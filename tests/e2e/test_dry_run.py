@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from fvae_dist.cli import train_command
+from fvae_dist.training import run
+from fvae_dist.training.dry_run import describe
+from fvae_dist.training.recipe_file import load_recipe
 from fvae_dist.training.sources import alpaca_prompt
 from tests.recipes import RECORDS, make_model_folder, recipe_values, write_recipe, write_records
 
@@ -35,6 +38,16 @@ def report(tmp_path, capsys):
 
 def part(sections: dict[str, str], start: str) -> str:
     return next(text for title, text in sections.items() if title.startswith(start))
+
+
+def test_report_of_full_fine_tuning(tmp_path):
+    model = make_model_folder(tmp_path / "model")
+    write_records(tmp_path / "data.jsonl")
+    path = write_recipe(tmp_path, recipe_values(tmp_path, model) | {"adapter": {"peft_type": "FULL"}})
+    prepared = run.prepare(load_recipe(path), dry_run=True)
+    text = describe(prepared, world_size=2)
+    assert re.search(r"base: .*, [\d,]+ parameters, all trained\nattention: ", text)
+    assert "unknown: full fine-tuning is not planned" in text
 
 
 def test_report_says_what_will_be_done_and_leaves_no_trace(report, tmp_path):

@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from fvae_dist.evaluation.loading import _attach
 from fvae_dist.training.adalora import orthogonality_loss
 from fvae_dist.training.recipe import RecipeError
 from tests.methods import fresh_base, logits, one_process, prepare, train, write_base
@@ -73,6 +74,13 @@ def test_ranks_move_and_are_saved(folder, tmp_path):
     trained = logits(trainer.model)
     assert not torch.equal(trained, logits(fresh_base(folder)))
     torch.testing.assert_close(logits(loaded), trained)
+
+
+def test_evaluation_reads_what_was_saved_around_a_bf16_base(folder, tmp_path):
+    train(prepare(folder, ADAPTER, dtype="bfloat16", output_dir=str(tmp_path)))
+    loaded = _attach(fresh_base(folder, "bfloat16"), tmp_path / "adapter")
+    for name, value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(loaded.get_parameter(name.removeprefix("base_model.model.") + ".default"), value), name
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

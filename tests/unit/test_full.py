@@ -86,7 +86,7 @@ def test_resume_is_exact(folder, tmp_path):
     ("adapter", "training", "message"),
     [
         ({**FULL, "r": 4}, {}, "^adapter.r: goes not with peft_type FULL"),
-        (FULL, {"deepspeed": "ds_configs/zero2.json"}, "^adapter.peft_type: FULL is not supported under DeepSpeed"),
+        (FULL, {"deepspeed": "ds_configs/zero2.json"}, r"^adapter.peft_type: FULL needs zero_optimization.stage 3"),
         (FULL, {"resident_weights": True}, "^training.resident_weights: true is about frozen weights"),
         (FULL, {"dtype": "float16"}, "^model.dtype: float16 underflows in full fine-tuning"),
     ],
