@@ -177,7 +177,9 @@ def _variants(
 def _nothing_fits(options: list[Option], cluster: Cluster) -> str:
     if not options:
         return "no DeepSpeed configuration can be used with this recipe"
-    nearest = min(options, key=lambda option: option.over_gib)
+    nearest = min(options, key=lambda option: max(option.over_gib, 0.0) + max(option.host_over_gib, 0.0))
+    if nearest.over_gib <= 0:
+        return f"{nearest.choice.name} with {nearest.choice.recompute} recomputation {nearest.lack}"
     return (
         f"does not fit: on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name} "
         f"({cluster.gpu.memory_gib:.1f} GiB) the least is {nearest.choice.name} with {nearest.choice.recompute} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.subject import Settings, Subject, describe
 from fvae_dist.training.deepspeed_config import size_for_adapter
 from fvae_dist.training.modeling import attach_adapter
+from fvae_dist.training.tiled_mlp import tile_mlps
 
 ROOT = Path(__file__).parents[1]
 _SHARED = {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
@@ -45,20 +46,24 @@ def subject(
     attention: str = "flash_attention_2",
     liger: bool = False,
     dtype: str = "bfloat16",
+    tiled: bool = False,
 ) -> Subject:
     """A Llama of that size with adapters on q and v; made once for all tests, and traced once for each length."""
-    made = _subject(size, peft_type, attention, liger, dtype)
+    made = _subject(size, peft_type, attention, liger, dtype, tiled)
     return replace(made, settings=replace(made.settings, sequences=sequences, length=length))
 
 
 @cache
-def _subject(size: str, peft_type: str, attention: str, liger: bool, dtype: str) -> Subject:
+def _subject(size: str, peft_type: str, attention: str, liger: bool, dtype: str, tiled: bool) -> Subject:
     adapter = {"peft_type": peft_type, "r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    return subject_of_config(LlamaConfig(**SIZES[size]), adapter, Settings(dtype, 1, 1, attention, liger))
+    change = partial(tile_mlps, zero3=False) if tiled else None
+    return subject_of_config(LlamaConfig(**SIZES[size]), adapter, Settings(dtype, 1, 1, attention, liger), change)
 
 
-def subject_of_config(config: PretrainedConfig, adapter: dict[str, Any], settings: Settings) -> Subject:
-    return describe(config, settings, lambda model: attach_adapter(model, adapter, low_cpu_mem_usage=True))
+def subject_of_config(
+    config: PretrainedConfig, adapter: dict[str, Any], settings: Settings, change: Any = None
+) -> Subject:
+    return describe(config, settings, lambda model: attach_adapter(model, adapter, low_cpu_mem_usage=True), change)
 
 
 def choice(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from fvae_dist.planning.choice import Choice, Recompute
-from fvae_dist.planning.hardware import Cluster
+from fvae_dist.planning.hardware import Cluster, constant
 from fvae_dist.planning.memory import MemoryEstimate, estimate_memory, host_memory_gib
 from fvae_dist.planning.subject import Subject
 from fvae_dist.planning.timing import StepTime, estimate_step
@@ -50,7 +50,8 @@ class Option:
 
     Attributes:
         over_gib: what it lacks of the GPU's memory; negative: what is left.
-        host_gib: host memory of one node for offloaded weights.
+        host_gib: host memory of one node for what is offloaded to it.
+        host_over_gib: what the node lacks of it, by the memory that nodes are assumed to have.
     """
 
     choice: Choice
@@ -58,10 +59,18 @@ class Option:
     step: StepTime
     over_gib: float
     host_gib: float
+    host_over_gib: float
 
     @property
     def fits(self) -> bool:
-        return self.over_gib <= 0
+        return self.over_gib <= 0 and self.host_over_gib <= 0
+
+    @property
+    def lack(self) -> str:
+        """By how much it does not fit."""
+        if self.over_gib > 0:
+            return f"does not fit by {self.over_gib:.1f} GiB"
+        return f"does not fit by {self.host_over_gib:.0f} GiB of the node's memory"
 
 
 @dataclass(frozen=True)
@@ -108,12 +117,14 @@ class Knee:
 def plan_choice(subject: Subject, choice: Choice, cluster: Cluster, load: Load) -> Option:
     """Memory and time of one choice."""
     memory = estimate_memory(subject, choice, cluster.world_size)
+    host_gib = host_memory_gib(subject, choice, cluster.world_size, cluster.gpus_per_node)
     return Option(
         choice=choice,
         memory=memory,
         step=estimate_step(subject, choice, cluster, load.accumulation, load.shape),
         over_gib=memory.needed_gib - cluster.gpu.memory_gib,
-        host_gib=host_memory_gib(subject, choice, cluster.world_size, cluster.gpus_per_node),
+        host_gib=host_gib,
+        host_over_gib=host_gib - constant("host_gib_per_gpu") * cluster.gpus_per_node,
     )
 
 

@@ -165,7 +165,7 @@ def _choices(plan: Plan) -> str:
                 _bytes(traffic.between_nodes_bytes),
                 _seconds(option.step.seconds),
                 f"{option.step.tokens_per_s_per_gpu:,.0f}",
-                option.step.bound if option.fits else f"does not fit by {option.over_gib:.1f} GiB",
+                option.step.bound if option.fits else option.lack,
             )
         )
     names: dict[tuple[str, str], list[str]] = {}

@@ -1,5 +1,7 @@
 """The memory estimate: measured figures, parts that sum to the whole, and what it grows and falls with."""
 
+from dataclasses import replace
+
 import pytest
 
 from fvae_dist.planning.hardware import GIB, constant
@@ -174,3 +176,23 @@ def test_eager_attention_keeps_its_scores():
     flash, eager = (subject("tiny", 4096, "LORA", attention=kind) for kind in ("flash_attention_2", "eager"))
     scores = 4096**2 * 4 * 2 / GIB  # one matrix of four heads in 16 bits
     assert estimate(eager).total_gib > estimate(flash).total_gib + 2 * scores
+
+
+def test_offloaded_activations_leave_a_few_inputs():
+    of = subject("8b", 8192)
+    away = replace(of, settings=replace(of.settings, activation_offload=True))
+    with_full, with_none = (estimate_memory(away, choice(away, "zero2", kind), 2) for kind in ("full", "none"))
+    checkpoints = estimate_memory(of, choice(of, "zero2"), 2).checkpoints_gib
+    assert with_full.checkpoints_gib == pytest.approx(5 / 32 * checkpoints)
+    assert with_none.layer_activations_gib < estimate(of, "zero2", "none").layer_activations_gib / 10
+    assert host_memory_gib(away, choice(away, "zero2"), 2, 2) == pytest.approx(2 * checkpoints)
+    assert host_memory_gib(of, choice(of, "zero2"), 2, 2) == 0
+
+
+def test_tiled_mlps_leave_less_of_a_layer():
+    of = subject("8b", 32768)
+    tiled = subject("8b", 32768, tiled=True)
+    whole, tiles = (estimate_memory(one, choice(one, "zero2"), 2) for one in (of, tiled))
+    saved = whole.layer_activations_gib + whole.attention_gib - tiles.layer_activations_gib - tiles.attention_gib
+    assert saved > 32768 * 14336 * 2 / 2**30  # one tensor of the gated unit, at least
+    assert tiles.checkpoints_gib == whole.checkpoints_gib

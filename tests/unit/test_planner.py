@@ -8,7 +8,7 @@ from fvae_dist.planning.hardware import Cluster, find_gpu
 from fvae_dist.planning.planner import Load, epoch_of, find_knee, plan_choice, recommend, scale
 from tests.planned import choice, subject
 
-H100 = find_gpu("h100-80")
+H100, H200 = find_gpu("h100-80"), find_gpu("h200")
 LOAD = Load(accumulation=1, sequences=1, mean_length=8192)
 
 
@@ -157,3 +157,13 @@ def test_scales_to_1024_gpus_and_405b_parameters():
     assert needed == sorted(needed, reverse=True)
     assert max(point.efficiency for point in points if point.fits) == 1
     assert all(0 < point.efficiency <= 1.01 for point in points if point.fits)
+
+
+def test_what_the_node_has_no_memory_for_does_not_fit():
+    of = subject("8b", 131_072)
+    of = replace(of, settings=replace(of.settings, activation_offload=True))
+    full, none = (plan_choice(of, choice(of, "zero3", kind), Cluster(H200, 1, 2), LOAD) for kind in ("full", "none"))
+    assert full.fits and full.host_gib == pytest.approx(2 * 32 * 131_072 * 4096 * 2 / 2**30, rel=0.05)
+    assert none.over_gib < 0 and not none.fits
+    assert none.lack == f"does not fit by {none.host_gib - 256:.0f} GiB of the node's memory"
+    assert recommend([none, full]) is full

@@ -1,5 +1,7 @@
 """Time of a step: measured runs, arithmetic by formula, and what bounds a step under which circumstances."""
 
+from dataclasses import replace
+
 import pytest
 
 from fvae_dist.planning.hardware import Cluster, constant, find_gpu
@@ -114,3 +116,11 @@ def test_without_zero_the_host_launches_kernels():
 def test_bound_names_what_is_slowest(bound, arguments):
     planned = step(**arguments | {"of": subject(*arguments.get("of", ()))})
     assert planned.bound == bound
+
+
+def test_shared_sequences_share_attention():
+    """Two GPUs, each with half the tokens and half the heads of all of them: half the work of one."""
+    whole, part = subject(length=16384), subject(length=8192)
+    part = replace(part, settings=replace(part.settings, sequence_parallel=2))
+    assert step(part).attention_s == pytest.approx(step(whole).attention_s / 2, rel=0.01)
+    assert step(part).products_s == pytest.approx(step(whole).products_s / 2, rel=0.01)
