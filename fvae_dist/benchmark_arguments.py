@@ -73,6 +73,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=at_least(1), metavar="N", help="train on N GPUs under ZeRO-3, a run a variant")
     parser.add_argument("--steps", type=at_least(6), default=10, metavar="N", help="--gpus: steps (default: 10)")
     parser.add_argument("--compare", choices=["trl"], help="--gpus: also TRL and PEFT LoRA at their defaults")
+    _add_set(parser)
 
 
 def _add_context(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,9 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compare", choices=["trl"], help="also TRL and PEFT LoRA at their defaults")
     parser.add_argument("--gpus", type=at_least(1), default=1, metavar="N", help="of every run (default: 1)")
-    parser.add_argument("--recompute", choices=["full", "none"], default="full", help="of ours (default: full)")
+    parser.add_argument(
+        "--recompute", choices=["full", "selective", "none"], default="full", help="of ours (default: full)"
+    )
     parser.add_argument(
         "--resident", choices=["auto", "true", "false"], default="auto", help="resident_weights of ours"
     )
@@ -95,6 +98,8 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
         "--sequence-parallel", type=at_least(1), default=1, metavar="N", help="GPUs that share a sequence of ours"
     )
     parser.add_argument("--activation-offload", action="store_true", help="ours keeps activations in host memory")
+    parser.add_argument("--tiled-mlp", action="store_true", help="MLPs of ours over tiles of tokens")
+    _add_set(parser)
     parser.add_argument("--steps", type=at_least(2), default=5, metavar="N", help="of a run (default: 5)")
     parser.add_argument("--warm-up", type=at_least(1), default=2, metavar="N", help="of them unmeasured (default: 2)")
     parser.add_argument("--run-timeout", type=at_least(1), default=540, metavar="S", help="of a run (default: 540 s)")
@@ -129,6 +134,12 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, default=0.1, metavar="P", help="of every variant (default: 0.1)")
 
 
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of ours: more of the recipe, as for train.py"
+    )
+
+
 def _check_benchmark(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.command != "attention" and not 0 <= args.dropout < 1:
         parser.error(f"--dropout must lie in [0, 1), got {args.dropout}")
@@ -145,6 +156,8 @@ def _check_benchmark(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             parser.error("--compare goes with --gpus")
         if args.gpus is not None and "base" in (args.variants or ()):
             parser.error("--variants base trains nothing, so that it does not go with --gpus")
+        if args.gpus is None and args.set:
+            parser.error("--set goes with --gpus")
         if args.gpus is not None and args.reference:
             parser.error("--reference does not go with --gpus: that code knows no ZeRO-3")
 

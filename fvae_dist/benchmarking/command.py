@@ -184,8 +184,9 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
     variants = args.variants or [*alone, *([REFERENCE] if args.reference else [])]
     run = _step_run(args, variants, device, dtype)
     if several:
-        rows = benchmark_training(TrainingRun(run, args.gpus, args.steps, args.compare == "trl"), ceilings)
-        how = f"ZeRO-3, {args.gpus} rank(s)"
+        training = TrainingRun(run, args.gpus, args.steps, args.compare == "trl", changes=tuple(args.set))
+        rows = benchmark_training(training, ceilings)
+        how = ", ".join([f"ZeRO-3, {args.gpus} rank(s)", *args.set])
         notes = [f"Medians and quartiles of steps {WARM_UP + 1} to {args.steps} of one training run each."]
     else:
         rows = benchmark_step(run, ceilings)
@@ -216,6 +217,7 @@ def _context(args: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     changes = {
         "training.sequence_parallel": args.sequence_parallel if args.sequence_parallel > 1 else None,
         "training.activation_offload": "true" if args.activation_offload else None,
+        "training.tiled_mlp": "true" if args.tiled_mlp else None,
         "training.resident_weights": args.resident if args.resident != "auto" else None,
     }
     stated = {key: value for key, value in changes.items() if value is not None}
@@ -226,7 +228,7 @@ def _context(args: argparse.Namespace, device: torch.device, dtype: torch.dtype,
         args.compare == "trl",
         args.warm_up,
         args.sequence_parallel,
-        tuple(f"{key}={value}" for key, value in stated.items()),
+        (*(f"{key}={value}" for key, value in stated.items()), *args.set),
         args.run_timeout,
     )
     names = [*names, *([STOCK] if training.compare else [])]
@@ -235,9 +237,13 @@ def _context(args: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     head, rows = _head(args, device, dtype, ceilings), list[dict[str, Any]]()
     if args.output:
         head, rows = take_up(Path(args.output) / "benchmark.json", head)
-    how = [f"recompute {args.recompute}", *(f"{key.partition('.')[2]} {value}" for key, value in stated.items())]
+    how = [
+        f"recompute {args.recompute}",
+        *(f"{key.partition('.')[2]} {value}" for key, value in stated.items()),
+        *args.set,
+    ]
     title = f"Long sequences, {args.shape}, ZeRO-3, {args.gpus} rank(s), {dtype_name(dtype)}, {args.attention}"
-    title += f"{', Liger' if args.liger else ''}, {', '.join(how)}, {' '.join(args.targets)}"
+    title += f"{', Liger' if args.liger else ''}, {', '.join([*how, *args.set])}, {' '.join(args.targets)}"
     notes = [
         f"Medians and quartiles of steps {args.warm_up + 1} to {args.steps} of one training run each; peaks are the "
         "largest of the ranks. MFU: 4 N tokens and causal attention, no recomputation, as a share of the product "

@@ -133,7 +133,8 @@ def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Mea
         if name == STOCK:
             command = _stock_command(run, setting, folder)
         else:
-            command = train_command(recipe, run.num_gpus, [*_changes(step), *run.changes])
+            selective = ["training.recompute=selective"] * (recompute == "selective")
+            command = train_command(recipe, run.num_gpus, [*_changes(step), *selective, *run.changes])
         problem = run_to_end(command, folder / "log", run.timeout_s)
         if problem:
             log = (folder / "log").read_text(errors="replace")
