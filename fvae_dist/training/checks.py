@@ -75,3 +75,15 @@ def check_partitioned(model: nn.Module) -> None:
     whole = [name for name, p in model.named_parameters() if not p.requires_grad and not hasattr(p, "ds_id")]
     if whole:
         raise StartupError(f"ZeRO-3 did not partition {len(whole)} frozen parameters, {whole[0]} first")
+
+
+def keep_ddp_from_guessing(trainer_args: Any) -> None:
+    """torch's DDP must wait for every adapter gradient.
+
+    Looking for unused parameters, it walks back from the model's output, does not meet decoder and encoder 2, whose
+    gradients come by the side loss alone, and fails when they arrive.
+    """
+    if getattr(trainer_args, "ddp_find_unused_parameters", None):
+        raise ValueError("ddp_find_unused_parameters=True is refused: DDP would take the VAE's decoder for unused")
+    if trainer_args is not None:
+        trainer_args.ddp_find_unused_parameters = False

@@ -146,6 +146,8 @@ def _is_open(recipe: Recipe, deepspeed: dict[str, Any] | None) -> bool:
 def _candidates(recipe: Recipe, deepspeed: dict[str, Any] | None) -> Iterator[tuple[Recompute, bool]]:
     """The fastest first. Recomputation costs half as much again of a step's arithmetic, more than gathers do."""
     recomputes: list[Recompute] = ["none", "selective", "full"]
+    if recipe.training.recompute == "auto" and recipe.training.activation_offload:
+        recomputes = ["full"]  # anything less fits the device, and fills the host's memory instead
     for recompute in recomputes:
         if recompute == "selective" and zero_stage(deepspeed) == 3 and recipe.training.recompute == "auto":
             continue  # equal on CPU, not measured on a GPU yet

@@ -8,6 +8,8 @@ mean_token_accuracy is left, over all tokens since the last log line; entropy an
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,8 @@ else:
 
 # Logits of so many times the hidden states' size at a time: larger products than by Liger's default.
 _CHUNK = 8
+# Of a configuration: what TRL's head applies to the logits and Liger's does not.
+_FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 def head_problem(model: Any) -> str | None:
@@ -31,8 +35,8 @@ def head_problem(model: Any) -> str | None:
         return "the model's head has a bias, or there is none"
     if head.weight.requires_grad:
         return "the head is trained"
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, key, None):
+    for key in _FACTORS:
+        if getattr(config, key, None) not in (None, 0, 1):
             return f"the model's head has a {key}"
     return None
 
@@ -46,20 +50,23 @@ def give_head(model: Any) -> None:
 
     forward_of_trl = model.forward
 
+    @functools.wraps(type(model).forward)  # generation looks at the signature
     def forward(
+        self: Any,
         *args: Any,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        weight = model.get_output_embeddings().weight
-        if not fused_lm_head or not model.training or weight.numel() == 0:
+        # Not by name: at that ZeRO-3 would gather it, before the layers run.
+        weight = dict(self.get_output_embeddings().named_parameters(recurse=False))["weight"]
+        if not fused_lm_head or not self.training or hasattr(weight, "ds_id"):
             given = {"labels": labels, "shift_labels": shift_labels}
             kwargs |= {key: value for key, value in given.items() if value is not None}
             return forward_of_trl(*args, fused_lm_head=fused_lm_head, **kwargs)
         kwargs.pop("num_items_in_batch", None)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
         if shift_labels is None:
             assert labels is not None
             shift_labels = pad(labels[:, 1:], (0, 1), value=-100)
@@ -72,10 +79,10 @@ def give_head(model: Any) -> None:
             chunk_mem_const=_CHUNK,
         )
         num_labels = (shift_labels != -100).sum()
-        accuracy = found.token_accuracy.detach()
-        return ModelOutput(loss=found.loss, num_labels=num_labels, num_right=accuracy.float() * num_labels)
+        accuracy = found.token_accuracy.detach().float().nan_to_num()  # of no label at all
+        return ModelOutput(loss=found.loss, num_labels=num_labels, num_right=accuracy * num_labels)
 
-    model.forward = forward
+    model.forward = types.MethodType(forward, model)
 
 
 class LigerHeadMixin(_TrainerBase):
@@ -95,7 +102,7 @@ class LigerHeadMixin(_TrainerBase):
         if liger_head:
             model: Any = self.model
             base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-            problem = head_problem(base)
+            problem = head_problem(base) or ("the model adds a loss of its own" if self.aux_loss_enabled else None)
             if problem:
                 raise ValueError(f"Liger's head: {problem}")
             give_head(base)

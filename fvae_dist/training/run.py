@@ -59,7 +59,7 @@ from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.sequence_parallel import check_shares
 from fvae_dist.training.steps import optimizer_steps
 from fvae_dist.training.throughput import peak_tflops
-from fvae_dist.training.tiled_mlp import tile_mlps
+from fvae_dist.training.tiled_mlp import find_mlps
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
         # Not through SFTConfig: under ZeRO-3 TRL asks for reentrant checkpointing, which we undo, and refuses this.
         enable_selective_activation_checkpointing(model)
     if prepared.recipe.training.tiled_mlp:
-        tile_mlps(model, zero3=zero_stage(prepared.deepspeed) == 3 and not prepared.fit.resident)
+        find_mlps(model)  # refused here; the trainer tiles them once Liger has changed them
     if prepared.deepspeed is not None:
         # The same dict that accelerate will hand to deepspeed.initialize. EVA's sizes are not those of the plan.
         sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
@@ -282,6 +282,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> Reci
         base_fingerprint=prepared.base_fingerprint,
         rope_scaling=recipe.model.rope_scaling,
         liger_head=recipe.training.head == "liger",
+        tiled_mlp=recipe.training.tiled_mlp,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer, trained=is_full(recipe.adapter)))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 else:
     _TrainerBase = object
 
+_GROUPS = "num_key_value_groups"
 # Of the columns that are cut, what stands for a token that only fills up a batch.
 _FILL = {"labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
 
@@ -73,7 +74,7 @@ def part_of(inputs: dict[str, Any], size: int, index: int, num_rows: int = 1) ->
     columns["position_ids"][rows:, :length] = numbers[:1]
     own = slice(index * (length + missing) // size, (index + 1) * (length + missing) // size)
     rest = {key: value for key, value in inputs.items() if key not in (*columns, "attention_mask", LENGTHS)}
-    part = rest | _with_document(rest, missing) | {key: column[:, own] for key, column in columns.items()}
+    part = rest | _with_document(rest, missing) | {key: column[:, own].contiguous() for key, column in columns.items()}
     return part | {"labels": part["shift_labels"]}
 
 
@@ -142,13 +143,24 @@ def _by_document(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-def _only_in_training(attention: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """Ulysses throws masks away in evaluation too, where no tokens are exchanged and rows may be padded on the left."""
+class _Attention:
+    """Ulysses' attention in training, the model's own otherwise.
 
-    def attend(module: torch.nn.Module, *args: Any, **kwargs: Any):
-        return (attention if module.training else otherwise)(module, *args, **kwargs)
+    In evaluation no tokens are exchanged and rows may be padded on the left, yet Ulysses would throw their masks away;
+    and where it repeats key-value heads it leaves the modules with another number of groups than they have.
+    """
 
-    return attend
+    def __init__(self, own: Callable[..., Any], ulysses: Callable[..., Any], model: torch.nn.Module):
+        self.own, self.ulysses = own, ulysses
+        named = ((module, getattr(module, _GROUPS, None)) for module in model.modules())
+        self.groups = {module: groups for module, groups in named if groups is not None}
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any):
+        if module.training:
+            return self.ulysses(module, *args, **kwargs)
+        if module in self.groups:
+            setattr(module, _GROUPS, self.groups[module])
+        return self.own(module, *args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer
@@ -212,13 +224,14 @@ class SequenceParallelMixin(_TrainerBase):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if self.sequence_parallel == 1:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        name, functions = self._attention_name(), ALL_ATTENTION_FUNCTIONS
+        name, functions, model = self._attention_name(), ALL_ATTENTION_FUNCTIONS, self.model
+        assert model is not None
         own = functions[name]
         if name == "sdpa" and self._is_packed():
             functions[name] = _by_document(own)
         with self._parallelism(name):  # in which Ulysses takes the function's place
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        functions[name] = _only_in_training(functions[name], own)
+        functions[name] = _Attention(own, functions[name], model)
         # Losses are scaled for the mean over all ranks. DeepSpeed would sum within a group, but not in all its stages.
         for holder in (self.deepspeed, self.deepspeed.optimizer):
             holder.sequence_parallel_size = 1
@@ -268,6 +281,11 @@ class SequenceParallelMixin(_TrainerBase):
         index = self.args.process_index % self.sequence_parallel
         num_rows = 1 if self._is_packed() else self.args.per_device_train_batch_size
         batch_samples[:] = [part_of(inputs, self.sequence_parallel, index, num_rows) for inputs in batch_samples]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.sequence_parallel > 1:  # TRL counts positions: one row's, filled up
+            getattr(self, "_metrics", {}).get("train", {}).pop("num_tokens", None)
+        super().log(logs, start_time)
 
     def whole_rows(self, part: Tensor) -> Tensor:
         """The rows that `part` (B, T) is this rank's part of, with what was filled up; all ranks must call this."""

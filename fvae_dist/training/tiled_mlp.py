@@ -17,12 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from fvae_dist.training.recipe import RecipeError
 
 
-def tile_mlps(model: nn.Module, zero3: bool) -> int:
-    """Make every gated MLP of the model work over tiles of as many tokens as its input is wide; how many there are.
-
-    Args:
-        model: with its adapters; before deepspeed.initialize.
-        zero3: whether the MLPs' weights are sharded and gathered.
+def find_mlps(model: nn.Module) -> list[nn.Module]:
+    """The gated MLPs of a model with its adapters.
 
     Raises:
         RecipeError: there are none, or something is trained in them: an adapter must see the tokens of a batch at once.
@@ -33,11 +29,26 @@ def tile_mlps(model: nn.Module, zero3: bool) -> int:
     for name, mlp in mlps.items():
         if any(parameter.requires_grad for parameter in mlp.parameters()):
             raise RecipeError(f"training.tiled_mlp: {name} is trained; leave MLPs out of adapter.target_modules")
+    return list(mlps.values())
+
+
+def tile_mlps(model: nn.Module, zero3: bool) -> int:
+    """Make every gated MLP of the model work over tiles of as many tokens as its input is wide; how many there are.
+
+    Args:
+        model: with its adapters; after Liger, which sets the MLPs' forward itself, and before deepspeed.initialize.
+        zero3: whether the MLPs' weights are sharded and gathered.
+
+    Raises:
+        RecipeError: as `find_mlps`.
+    """
+    mlps = find_mlps(model)
+    for mlp in mlps:
         mlp.forward = _tiled(mlp, mlp.forward)
     if zero3:  # one gather for all tiles: ranks whose rows differ in length would not gather equally often
         from deepspeed.utils import set_z3_leaf_modules
 
-        set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps.values()}))
+        set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps}))
     return len(mlps)
 
 

@@ -33,12 +33,14 @@ from fvae_dist.training.batches import (
     token_mask_of,
     unlabel_after_padding,
 )
+from fvae_dist.training.checks import keep_ddp_from_guessing
 from fvae_dist.training.gradient_checkpointing import keep_selective, refuse_reentrant, use_non_reentrant
 from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
 from fvae_dist.training.resident import make_resident
 from fvae_dist.training.saving import save_adapter
 from fvae_dist.training.sequence_parallel import SequenceParallelMixin
+from fvae_dist.training.tiled_mlp import tile_mlps
 from fvae_dist.training.walks import WalkOnceMixin
 from fvae_dist.training.zero3 import drop_stale_forward_stack, treat_vaes_as_leaves
 
@@ -58,6 +60,7 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         telemetry: log the ELBO's terms and warn of collapsed, runaway or clamped latents.
         gradient_split_every: every so many steps also log gradient/{task,side}/{encoder1,encoder2,decoder,lora_B}, the
             norms of the two losses' gradients; such a step costs three. 0: never.
+        tiled_mlp: MLPs over tiles of tokens (`tiled_mlp.py`).
         resident_weights: under ZeRO-3 gather the frozen weights once, for good (`resident.py`). Needs checkpoints that
             hold no frozen weights: ResumableTrainerMixin's.
 
@@ -74,11 +77,12 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         telemetry: bool = True,
         gradient_split_every: int = 0,
         resident_weights: bool = False,
+        tiled_mlp: bool = False,
         **kwargs: Any,
     ):
         trainer_args = kwargs.get("args", args[1] if len(args) > 1 else None)
         refuse_reentrant(trainer_args)
-        _keep_ddp_from_guessing(trainer_args)
+        keep_ddp_from_guessing(trainer_args)
         super().__init__(*args, **kwargs)
         self.model: torch.nn.Module
         use_non_reentrant(self.args)
@@ -86,6 +90,7 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         self._fvae_layers = [module for module in self.model.modules() if isinstance(module, FVAELinear)]
         self._refuse_inference_only()
         self._prepare_collator()
+        self.tiled_mlp = tiled_mlp
         self.resident_weights = resident_weights and self._zero3()
         if self._zero3() and not self.resident_weights:  # without hooks on modules there is nothing to save on them
             treat_vaes_as_leaves(self.model)
@@ -116,9 +121,15 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         self.data_collator = WithLengths(collator)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        if self.tiled_mlp:
+            tile_mlps(self.model, zero3=self._zero3() and not self.resident_weights)
+            self.tiled_mlp = False
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.resident_weights:
             make_resident(self.deepspeed)
+        offload: Any = getattr(self, "maybe_activation_offload_context", None)
+        if hasattr(offload, "update_model_params"):
+            offload.update_model_params(self.model)  # DeepSpeed has moved them: they would be offloaded as activations
         return prepared
 
     def _refuse_inference_only(self) -> None:
@@ -334,15 +345,3 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
 
 def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key not in (COUNTED, LENGTHS, TOKEN_KEYS)}
-
-
-def _keep_ddp_from_guessing(trainer_args: Any) -> None:
-    """torch's DDP must wait for every adapter gradient.
-
-    Looking for unused parameters, it walks back from the model's output, does not meet decoder and encoder 2, whose
-    gradients come by the side loss alone, and fails when they arrive.
-    """
-    if getattr(trainer_args, "ddp_find_unused_parameters", None):
-        raise ValueError("ddp_find_unused_parameters=True is refused: DDP would take the VAE's decoder for unused")
-    if trainer_args is not None:
-        trainer_args.ddp_find_unused_parameters = False

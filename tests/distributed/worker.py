@@ -40,7 +40,6 @@ from fvae_dist.training.deepspeed_config import load_deepspeed_config
 from fvae_dist.training.leaving import leave
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.resumable import ResumableTrainerMixin
-from fvae_dist.training.tiled_mlp import tile_mlps
 from fvae_dist.training.zero3 import skip_shared_memory_operator
 from tests.distributed import layouts, resident
 from tests.distributed.tiny import attach, load, pad_rows, rows
@@ -333,7 +332,8 @@ def one_step(folder: Path, layout: str, **overrides: Any) -> dict[str, Any]:
 
 def tiled(folder: Path, layout: str) -> dict[str, Any]:
     """MLPs over tiles of 16 tokens, their sharded weights gathered once for all tiles of a row."""
-    return one_step(folder, layout, prepare_model=partial(tile_mlps, zero3=True))
+    of_layout = layouts.settings(layout)["trainer_arguments"]
+    return one_step(folder, layout, trainer_arguments=of_layout | {"tiled_mlp": True})
 
 
 def whole_run(folder: Path) -> dict[str, Any]:

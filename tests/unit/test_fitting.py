@@ -131,6 +131,11 @@ def test_memory_of_a_device(monkeypatch):
     assert device_memory_gib(use_cpu=False) == 2.0
 
 
+def test_auto_does_not_fill_the_hosts_memory(tmp_path):
+    found = fit(recipe_with(tmp_path, "zero3", activation_offload=True), memory_gib=1000)
+    assert found.recompute == "full" and found.resident
+
+
 def test_selective_under_zero3_when_asked_for(tmp_path):
     found = fit(recipe_with(tmp_path, "zero3", recompute="selective"), memory_gib=1000)
     assert found.recompute == "selective" and found.resident

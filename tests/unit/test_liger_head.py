@@ -1,4 +1,6 @@
-"""Liger's head gives the losses and gradients of TRL's; its kernels run in Triton's interpreter here."""
+"""Liger's head gives the losses and gradients of TRL's (its kernels in Triton's interpreter); its MLPs can be tiled."""
+
+import inspect
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.distributed.tiny import attach, llama_config, rows
 pytest.importorskip("liger_kernel")
 
 
-def train(folder, tokenizer, device="cpu", dtype=torch.float32, **arguments):
+def train(folder, tokenizer, device="cpu", dtype=torch.float32, config=None, **arguments):
     torch.manual_seed(0)
     model = attach(LlamaForCausalLM(llama_config()).to(dtype))
     values = {
@@ -37,7 +39,7 @@ def train(folder, tokenizer, device="cpu", dtype=torch.float32, **arguments):
     }
     trainer = RecipeTrainer(
         model=model,
-        args=SFTConfig(**values),
+        args=SFTConfig(**(values | (config or {}))),
         train_dataset=Dataset.from_list(rows(12)),
         eval_dataset=Dataset.from_list(rows(4, seed=3)),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
@@ -82,6 +84,20 @@ def test_trains_as_with_trls_head(tmp_path, tokenizer):
     assert logged(of_trl, "entropy") and not logged(of_liger, "entropy")
 
 
+def test_tiles_are_of_what_liger_put_in_place(tmp_path, tokenizer, monkeypatch):
+    """transformers lets Liger set the MLPs' forward as training begins: tiles made before would be lost."""
+    seen = []
+
+    def put_in_place(model, **settings):
+        for layer in model.model.layers:
+            own = layer.mlp.forward
+            layer.mlp.forward = lambda x, own=own: seen.append(x.numel() // 16) or own(x)
+
+    monkeypatch.setattr("liger_kernel.transformers._apply_liger_kernel_to_instance", put_in_place)
+    train(tmp_path, tokenizer, config={"use_liger_kernel": True}, tiled_mlp=True)
+    assert seen and max(seen) <= 32  # two rows of a tile of 16
+
+
 @pytest.mark.gpu
 def test_trains_as_with_trls_head_on_a_gpu(tmp_path, tokenizer):
     if not torch.cuda.is_available():
@@ -89,7 +105,28 @@ def test_trains_as_with_trls_head_on_a_gpu(tmp_path, tokenizer):
     compare(tmp_path, tokenizer, rel=2e-2, device="cuda", dtype=torch.bfloat16)
 
 
-def test_a_trained_head_is_refused(tmp_path, tokenizer):
+def test_generation_sees_the_models_signature(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer, liger_head=True)
+    base = trainer.model.get_base_model()
+    assert inspect.signature(base.forward) == inspect.signature(type(base).forward.__get__(base))
+
+
+def test_a_batch_without_labels_has_no_accuracy(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer, liger_head=True)
+    batch = {"input_ids": torch.tensor([[2, 3, 4]]), "labels": torch.full((1, 3), -100)}
+    outputs = trainer.model.train()(**batch, use_cache=False, fused_lm_head=True)
+    assert (float(outputs.loss.detach()), float(outputs.num_right), int(outputs.num_labels)) == (0.0, 0.0, 0)
+
+
+def test_a_head_that_zero3_shards_is_trls(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer, liger_head=True)
+    batch = {"input_ids": torch.tensor([[2, 3, 4]]), "labels": torch.tensor([[2, 3, 4]])}
+    assert "num_labels" in trainer.model.train()(**batch, fused_lm_head=True)
+    trainer.model.get_output_embeddings().weight.ds_id = 0
+    assert trainer.model(**batch, fused_lm_head=True).label_mask.sum() == 2
+
+
+def test_a_head_that_is_not_the_plain_one_is_refused():
     from fvae_dist.training.liger_head import head_problem
 
     model = LlamaForCausalLM(llama_config())
@@ -98,3 +135,6 @@ def test_a_trained_head_is_refused(tmp_path, tokenizer):
     assert head_problem(model) is None
     model.config.logit_scale = 0.5
     assert head_problem(model) == "the model's head has a logit_scale"
+    model.config.logit_scale = 1
+    model.config.lm_head_multiplier = 0.5
+    assert head_problem(model) == "the model's head has a lm_head_multiplier"

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, MistralConfig
 from fvae_dist.adapter.noise import TOKEN_KEYS, TokenNoise
 from fvae_dist.training.batches import COUNTED, LENGTHS, WithLengths, token_mask_of
 from fvae_dist.training.recipe import RecipeError
-from fvae_dist.training.sequence_parallel import _by_document, check_shares, part_of
+from fvae_dist.training.sequence_parallel import _Attention, _by_document, check_shares, part_of
 from tests.distributed.layouts import collator, documents, training_rows
 from tests.distributed.tiny import pad_rows
 from tests.recipes import SIZES, make_recipe
@@ -29,6 +29,7 @@ def test_parts_are_the_whole_batch(form, size):
     length = batch["input_ids"].shape[1]
     parts = [part_of(batch, size, index) for index in range(size)]
     assert len({part[key].shape for part in parts for key in COLUMNS}) == 1
+    assert all(part[key].is_contiguous() for part in parts for key in COLUMNS)  # NCCL gathers positions as they are
     joined = {key: torch.cat([part[key] for part in parts], dim=1) for key in COLUMNS}
     assert torch.equal(joined["input_ids"][:, :length], batch["input_ids"])
     assert torch.equal(joined[COUNTED][:, :length], batch[COUNTED]) and not joined[COUNTED][:, length:].any()
@@ -88,6 +89,15 @@ def test_attention_of_packed_rows_is_that_of_each_document():
         own = [tensor[:, :, start:end] for tensor in (query, key, value)]
         expected = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True)
         torch.testing.assert_close(found[:, :, start:end], expected)
+
+
+def test_evaluation_goes_past_ulysses_with_the_models_own_groups():
+    module = torch.nn.Linear(1, 1)
+    module.num_key_value_groups = 4
+    attention = _Attention(lambda module: ("own", module.num_key_value_groups), lambda module: "ulysses", module)
+    module.num_key_value_groups = 1  # as Ulysses leaves it where it repeats heads
+    assert attention(module.train()) == "ulysses"
+    assert attention(module.eval()) == ("own", 4)
 
 
 REFUSED = {
