@@ -114,7 +114,7 @@ def _plan_suites(prepared: Prepared) -> None:
         return
     from fvae_dist.evaluation.callback import SuiteEvaluation, plan_suites
 
-    tasks = plan_suites(recipe, prepared.tokenizer, prepared.config)
+    tasks = plan_suites(recipe, prepared.tokenizer, prepared.config, prepared.data.classes)
     prepared.make_callbacks = lambda trainer: [SuiteEvaluation(trainer, recipe, tasks)]
 
 

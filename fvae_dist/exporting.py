@@ -18,7 +18,7 @@ from fvae_dist.adapter.convert import export_adapter, load_official_adapter
 from fvae_dist.adapter.export import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    copy_rope_scaling,
+    copy_companions,
     read_json,
     read_tensors,
     written_aside,
@@ -78,7 +78,7 @@ def _convert_official(args: argparse.Namespace) -> str:
     model = load_official_adapter(base, path)
     with written_aside(Path(args.out)) as folder:
         model.save_pretrained(str(folder))
-        copy_rope_scaling(settings_file.parent, folder, Path(args.out))
+        copy_companions(settings_file.parent, folder, Path(args.out))
     return f"{args.out}: the adapter {path} of the reference code, as FVAE-LoRA"
 
 

@@ -25,6 +25,7 @@ from fvae_dist.adapter.registration import PEFT_TYPE
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ROPE_SCALING_FILE = "rope_scaling.json"  # how the base's RoPE was scaled in the run; nothing where it was not
+LABELS_FILE = "labels.json"  # of a classifier
 FORMATS = ("lora", "inference", "merged")
 
 
@@ -66,7 +67,7 @@ def export_adapter(
         raise ValueError(f"{output} is the adapter that is exported; choose another folder")
     with written_aside(output) as aside:
         if isinstance(saved, Path):
-            copy_rope_scaling(saved, aside, output)
+            copy_companions(saved, aside, output)
         if format == "lora":
             _write_lora(saved, aside, name, config)
         elif format == "inference":
@@ -226,12 +227,14 @@ def written_aside(output: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def copy_rope_scaling(source: Path, aside: Path, output: Path) -> None:
-    """The RoPE scaling of the adapter in `source` to `aside`, for `output`; what another adapter left there goes."""
-    if (source / ROPE_SCALING_FILE).exists():
-        shutil.copyfile(source / ROPE_SCALING_FILE, aside / ROPE_SCALING_FILE)
-    else:
-        (output / ROPE_SCALING_FILE).unlink(missing_ok=True)
+def copy_companions(source: Path, aside: Path, output: Path) -> None:
+    """RoPE scaling and labels of the adapter in `source` to `aside`, for `output`; what another adapter left there
+    goes."""
+    for name in (ROPE_SCALING_FILE, LABELS_FILE):
+        if (source / name).exists():
+            shutil.copyfile(source / name, aside / name)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,10 +33,14 @@ def measured_in(recipe: dict[str, Any], run: Path) -> dict[str, Any]:
 def _parameters(values: dict[str, Any], saved: Path) -> dict[str, int]:
     from fvae_dist.training.adalora import is_adalora
     from fvae_dist.training.from_data import EVA, initialisation_from_data
+    from fvae_dist.training.labels import read_labels, set_labels
     from fvae_dist.training.modeling import load_config, plan_model
 
     recipe = Recipe.model_validate(values)
-    plan = plan_model(recipe, load_config(recipe.model))
+    config = load_config(recipe.model)
+    if (classes := read_labels(saved.parent)) is not None:
+        set_labels(config, classes)
+    plan = plan_model(recipe, config)
     trainable, inference = plan.trainable_parameters, plan.inference_parameters
     start = initialisation_from_data(recipe.adapter)
     if start is not None or is_adalora(recipe.adapter):

@@ -29,8 +29,13 @@ SMALLER_IS_BETTER = ("loss", "perplexity", "gap", *CALIBRATION_METRICS)
 BEST_FILE = "best.json"
 
 
-def plan_suites(recipe: Recipe, tokenizer: Any, config: PretrainedConfig) -> list[Task]:
+def plan_suites(
+    recipe: Recipe, tokenizer: Any, config: PretrainedConfig, classes: list[str] | None = None
+) -> list[Task]:
     """The tasks of evaluation.suites, read and tokenised before training.
+
+    Args:
+        classes: the labels of the classifier that is trained.
 
     Raises:
         RecipeError: their data cannot be used, or evaluation.best_metric names none of them.
@@ -49,7 +54,8 @@ def plan_suites(recipe: Recipe, tokenizer: Any, config: PretrainedConfig) -> lis
     )
     folder = Path(recipe.training.output_dir).absolute().parent
     try:
-        tasks = make_tasks(list(options.data), tokenizer, options, folder, positions=positions)
+        num_labels = None if classes is None else len(classes)
+        tasks = make_tasks(list(options.data), tokenizer, options, folder, num_labels, positions, classes)
     except RecipeError as error:
         raise RecipeError(f"evaluation.suites: {error}") from None
     if section.best_metric is not None:
@@ -111,8 +117,9 @@ class SuiteEvaluation(TrainerCallback):
         model = trainer.model
         was_training = model.training
         base = base_of(model)
-        own_generation = base.generation_config
-        base.generation_config = greedy_generation(base, trainer.processing_class)
+        own_generation = getattr(base, "generation_config", None)  # a classifier has none
+        if own_generation is not None:
+            base.generation_config = greedy_generation(base, trainer.processing_class)
         inference = Inference(model, trainer.processing_class, trainer.args.device, sharded=trainer._zero3())
         scalars: dict[str, float] = {}
         model.eval()
@@ -125,7 +132,8 @@ class SuiteEvaluation(TrainerCallback):
                     scalars |= flatten(f"{task.suite}/{task.name}", task.summarise(records))
         finally:
             model.train(was_training)
-            base.generation_config = own_generation
+            if own_generation is not None:
+                base.generation_config = own_generation
         return scalars
 
     def _show_life(self) -> None:

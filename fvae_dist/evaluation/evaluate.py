@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace) -> str | None:
     options = _options(args, suites, source)
     out = _output_folder(args.out)
     # Before any weight is loaded: a mistake in the data is reported in seconds.
-    tasks = make_tasks(suites.own, source.tokenizer, options, out, source.num_labels, source.positions)
+    tasks = make_tasks(suites.own, source.tokenizer, options, out, source.num_labels, source.positions, source.classes)
     harness = LmEvalSuite(suites.lm_eval, args.lm_eval_tasks) if suites.lm_eval else None
     if harness is not None and source.num_labels is not None:
         raise RecipeError("--suite lm_eval: needs a language model; the adapter is of task type SEQ_CLS")

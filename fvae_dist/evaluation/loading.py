@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.adapter.export import ADAPTER_FILE, CONFIG_FILE, read_json, read_tensors
@@ -19,9 +19,11 @@ from fvae_dist.evaluation.ranks import environment_ranks, uses_cpu
 from fvae_dist.training.adalora import adalora_of
 from fvae_dist.training.checkpoint_files import sha256
 from fvae_dist.training.checks import StartupError, check_partitioned
+from fvae_dist.training.classification import HEAD, SEQ_CLS, load_classifier
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter, zero_stage
 from fvae_dist.training.fingerprint import base_fingerprint
 from fvae_dist.training.implementations import choose_attention
+from fvae_dist.training.labels import read_labels, set_labels
 from fvae_dist.training.modeling import check_weights, load_base_model, load_config, load_tokenizer
 from fvae_dist.training.recipe import (
     ModelSection,
@@ -35,14 +37,14 @@ from fvae_dist.training.rope_scaling import apply_saved_scaling, check_scaled, p
 from fvae_dist.training.zero3 import treat_vaes_as_leaves
 
 SHARDED = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
-CLASSIFICATION = "SEQ_CLS"
 
 
 @dataclass
 class ModelSource:
     """What is known of the model before a weight is loaded.
 
-    num_labels: of a classifier, None for a language model. deepspeed: the ZeRO-3 configuration, None where every rank
+    num_labels: of a classifier, None for a language model. classes: its labels, None where the adapter does not name
+    them. deepspeed: the ZeRO-3 configuration, None where every rank
     holds the whole model. rope_scaling: what the adapter was trained with. positions: the longest sequence, None where
     the architecture has no limit.
     """
@@ -54,6 +56,7 @@ class ModelSource:
     deepspeed: dict[str, Any] | None
     attention: str
     num_labels: int | None = None
+    classes: list[str] | None = None
     adapter_config: dict[str, Any] = field(default_factory=dict)
     rope_scaling: RopeScalingSection | None = None
 
@@ -74,6 +77,7 @@ class ModelSource:
             },
             "dtype": section.dtype,
             "attention": self.attention,
+            **({"classes": self.classes} if self.classes else {}),
         } | ({"rope_scaling": self.rope_scaling.model_dump(exclude_none=True)} if self.rope_scaling else {})
 
 
@@ -129,10 +133,12 @@ def find_model(
             source.rope_scaling = apply_saved_scaling(config, source.adapter, model)
         except RecipeError as error:
             raise RecipeError(f"--adapter {error}") from None
-        if source.adapter_config.get("task_type") == CLASSIFICATION:
-            config.num_labels = _saved_labels(tensors) or config.num_labels or 0
-            source.num_labels = config.num_labels
-        if ds_config is not None and (source.num_labels or source.adapter_config.get("modules_to_save")):
+        if source.adapter_config.get("task_type") == SEQ_CLS:
+            _set_classes(source, tensors)
+        # A classifier's head is made beside the sharded base, as adapters are.
+        heads = {"classifier", HEAD} if source.num_labels else set()
+        whole = set(source.adapter_config.get("modules_to_save") or ()) - heads
+        if ds_config is not None and whole:
             raise RecipeError(
                 f"--adapter {adapter}: brings whole modules (modules_to_save), which cannot be loaded into a sharded "
                 "model; use --deepspeed none"
@@ -173,6 +179,25 @@ def _saved_labels(tensors: dict[str, Tensor]) -> int | None:
     return tensors[heads[0]].shape[0] if heads else None
 
 
+def _set_classes(source: ModelSource, tensors: dict[str, Tensor]) -> None:
+    """How many classes the classifier has, and which, if its folder says so."""
+    assert source.adapter is not None
+    config = source.config
+    config.num_labels = _saved_labels(tensors) or config.num_labels or 0
+    source.num_labels = config.num_labels
+    try:
+        source.classes = read_labels(source.adapter)
+    except RecipeError as error:
+        raise RecipeError(f"--adapter {error}") from None
+    if source.classes is not None:
+        if len(source.classes) != source.num_labels:
+            raise RecipeError(
+                f"--adapter {source.adapter}: labels.json names {len(source.classes)} classes, the head has "
+                f"{source.num_labels}"
+            )
+        set_labels(config, source.classes)
+
+
 def load_model(source: ModelSource, device: torch.device) -> nn.Module:
     """Base and adapter in evaluation mode, on `device` or sharded over the ranks (all must call it).
 
@@ -197,7 +222,7 @@ def load_model(source: ModelSource, device: torch.device) -> nn.Module:
         model = model.to(device)
     del live
     tokenizer = source.tokenizer
-    base.config.pad_token_id = tokenizer.pad_token_id
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if source.num_labels is None:
         base.generation_config = greedy_generation(base, tokenizer)
     return model
@@ -208,7 +233,7 @@ def _load_base(source: ModelSource) -> Any:
     try:
         if source.num_labels is None:
             return load_base_model(source.recipe, source.config, source.attention)
-        return AutoModelForSequenceClassification.from_pretrained(
+        return load_classifier(
             section.name_or_path,
             config=source.config,
             dtype=getattr(torch, section.dtype),

@@ -35,6 +35,8 @@ def perplexity_tasks(tokenizer: Any, options: Options, output_dir: Path) -> list
     recipe = load_recipe(path)
     if split == "eval" and not recipe.data.eval:
         raise RecipeError(f"{path}: data.eval: is empty; --data perplexity={path}:train takes data.train")
+    if recipe.model.task != "causal_lm":
+        raise RecipeError(f"{path}: model.task: {recipe.model.task}: perplexity is of texts, not of their labels")
     section = recipe.data.model_copy(update={"packing": False})
     is_builder = os.environ.get("LOCAL_RANK", "0") == "0"
     prepared = prepare_data(

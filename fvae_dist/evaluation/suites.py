@@ -58,6 +58,7 @@ def make_tasks(
     out: Path,
     num_labels: int | None = None,
     positions: int | None = None,
+    classes: list[str] | None = None,
 ) -> list[Task]:
     """The tasks of the named suites.
 
@@ -65,6 +66,7 @@ def make_tasks(
         out: where tokenised data may be kept.
         num_labels: of a classifier; None for a language model.
         positions: the model's longest sequence, tokens; None for no limit.
+        classes: a classifier's labels, if they are known.
 
     Raises:
         RecipeError: `file:line` and what is wrong there, or a suite that this kind of model cannot answer.
@@ -74,7 +76,7 @@ def make_tasks(
         if num_labels is not None and name != "groups":
             raise RecipeError(f"--suite {name}: needs a language model; the adapter is of task type SEQ_CLS")
         if name == "groups":
-            tasks += groups_tasks(tokenizer, options, num_labels)
+            tasks += groups_tasks(tokenizer, options, num_labels, classes)
         elif name == "perplexity":
             tasks += perplexity_tasks(tokenizer, options, out)
         else:

@@ -26,7 +26,11 @@ def token_mask_of(inputs: dict[str, Any], tokens: SideLossTokens = "all") -> Ten
         mask = torch.ones_like(inputs["input_ids"])
     if mask.dim() != 2:
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: the side loss needs the 2-D padding mask")
-    return mask * (inputs["labels"] != IGNORED_LABEL) if tokens == "labelled" else mask
+    if tokens == "all":
+        return mask
+    if inputs["labels"].shape != mask.shape:
+        raise ValueError(f"side_loss_tokens='labelled': labels of shape {tuple(inputs['labels'].shape)} are no tokens'")
+    return mask * (inputs["labels"] != IGNORED_LABEL)
 
 
 def unlabel_after_padding(inputs: dict[str, Any]) -> None:

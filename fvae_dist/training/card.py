@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ def write_model_card(
     base = recipe.model.name_or_path
     is_whole = is_full(recipe.adapter)
     front = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["fvae-lora"]}
+    classes = data_report.get("train", {}).get("labels")
+    if classes is not None:
+        front["pipeline_tag"] = "text-classification"
     if str(recipe.adapter.get("peft_type", "FVAE_LORA")) != "FVAE_LORA":
         front["tags"] = [str(recipe.adapter["peft_type"]).lower()]
     if is_whole:
@@ -53,7 +56,7 @@ def write_model_card(
     if Path(base).exists():
         del front["base_model"]  # the Hub only takes ids there
     title = f"{recipe.adapter.get('peft_type', 'FVAE_LORA')} adapter for {base}"
-    code = _how_to_load(base, scaled)
+    code = _how_to_load(base, scaled, classes)
     if is_whole:
         title, code = f"{base}, fine-tuned in full", _LOAD_WHOLE
     numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
@@ -67,9 +70,17 @@ def write_model_card(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _how_to_load(base: str, scaled: dict[str, Any] | None) -> str:
-    """Python code; with a scaled RoPE the base has to be loaded as it was in the run."""
+def _how_to_load(base: str, scaled: dict[str, Any] | None, classes: Iterable[str] | None) -> str:
+    """Python code; with a scaled RoPE the base has to be loaded as it was in the run, with classes under a head."""
     imports = "import fvae_dist  # registers FVAE_LORA with PEFT\n"
+    if classes is not None:
+        known = {"id2label": dict(enumerate(classes)), **(scaled or {})}
+        arguments = "".join(f"    {key}={value!r},\n" for key, value in known.items())
+        return (
+            f"{imports}from peft import PeftModel\nfrom transformers import AutoModelForSequenceClassification\n\n"
+            f"base = AutoModelForSequenceClassification.from_pretrained(\n    {base!r},\n{arguments})\n"
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")  # for batches set base.config.pad_token_id\n'
+        )
     if scaled is None:
         return (
             f"{imports}from peft import AutoPeftModelForCausalLM\n\n"

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fvae_dist.adapter.export import CONFIG_FILE, copy_rope_scaling, written_aside
+from fvae_dist.adapter.export import CONFIG_FILE, copy_companions, written_aside
 from fvae_dist.training.checkpoint_files import problem_with, read_manifest
 from fvae_dist.training.checkpoints import list_checkpoints
 from fvae_dist.training.recipe import RecipeError
@@ -47,7 +47,7 @@ def export(path: str, out: str) -> str:
         with written_aside(Path(out)) as aside:
             for name in (CONFIG_FILE, ADAPTER_FILE):
                 shutil.copyfile(whole[-1] / name, aside / name)
-            copy_rope_scaling(whole[-1], aside, Path(out))
+            copy_companions(whole[-1], aside, Path(out))
     except (OSError, ValueError) as error:
         raise RecipeError(f"--out {out}: {error}") from None
     return f"{out}: the adapter of {whole[-1]}"

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 
 from fvae_dist.training.data_cache import build_or_load, wait_and_load
+from fvae_dist.training.labels import count_labels
 from fvae_dist.training.portions import CHARACTERS, RECORDS, pack, rows_at_once
 from fvae_dist.training.recipe import DataSection, RecipeError, SourceSection
 from fvae_dist.training.sources import check_source, count_groups, fingerprint_source, read_records, source_name
@@ -70,18 +71,25 @@ _TOKENS = datasets.Features(
 class PreparedData:
     """Tokenised data, memory-mapped from the cache.
 
-    `train` and `eval` have the columns input_ids and labels (list[int], -100 where there is no loss); with packing also
-    seq_lengths, the lengths of the documents in each sequence. `report["train"]` and `report["eval"]` hold the counts
+    `train` and `eval` have the columns input_ids and labels (list[int], -100 where there is no loss; of format
+    classification the class alone); with packing also seq_lengths, the lengths of the documents in each sequence.
+    `report["train"]` and `report["eval"]` hold the counts
     num_records (read), num_truncated, num_cut_tokens (taken away by it), num_split (too long) and num_pieces (what they
     were split into), num_dropped (too long), num_dropped_no_loss (cut, only the prompt would be left), then, of one
     epoch, num_examples (after weights), num_sequences (after packing), num_tokens, num_loss_tokens; and under `sources`
     the same per source, all but num_sequences. With `data.groups` also report["train"]["groups"]: records read, by
-    group.
+    group; of format classification `labels`: by label.
     """
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
     report: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The labels by class number; None where no class is learned."""
+        labels = self.report["train"].get("labels")
+        return None if labels is None else list(labels)
 
 
 def prepare_data(
@@ -172,10 +180,13 @@ def _build(folder: Path, data: DataSection, tokenizer, chat_template: str | None
         for split, sources in splits.items():
             for index, source in enumerate(sources):
                 _store_records(source, work / f"{split}-{index}-records.arrow")
+        labels = count_labels(work, [*splits]) if data.train[0].format == "classification" else {}
+        known: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "chat_template": chat_template}
         for split, sources in splits.items():
             if sources:
-                tokenize = partial(tokenize_batch, data=data, tokenizer=tokenizer, chat_template=chat_template)
+                tokenize = partial(tokenize_batch, **known, classes=labels.get(split))
                 dataset, report[split] = _build_split(split, sources, work, data, tokenize, seed)
+                report[split] |= {"labels": labels[split]} if labels else {}
                 dataset.save_to_disk(str(folder / split))
     if data.groups is not None:
         composition: Counter[str] = Counter()
@@ -294,14 +305,15 @@ def _load(folder: Path, data: DataSection) -> PreparedData:
 
 
 def _describe(split: str, counts: dict[str, Any]) -> str:
-    text = (
+    text = (  # names are added after the numbers: they may hold braces
         "{num_records} records, {num_sequences} sequences, {num_tokens} tokens ({num_loss_tokens} with loss), "
         "{num_truncated} truncated ({num_cut_tokens} tokens cut), {num_split} split into {num_pieces} pieces, "
         "{num_dropped} dropped as too long, "
         "{num_dropped_no_loss} dropped as nothing to learn was left"
-    )
-    groups = "".join(f", group {name}: {number}" for name, number in counts.get("groups", {}).items())
-    return f"{split}: {text.format(**counts)}{groups}"
+    ).format(**counts)
+    for kind in ("group", "label"):
+        text += "".join(f", {kind} {name}: {number}" for name, number in counts.get(f"{kind}s", {}).items())
+    return f"{split}: {text}"
 
 
 @contextlib.contextmanager

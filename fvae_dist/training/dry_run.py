@@ -33,7 +33,7 @@ def describe(prepared: Prepared, world_size: int) -> str:
         "Data": _data(prepared, world_size),
         f"Memory per device, {world_size} device(s), estimated": _memory(prepared, deepspeed, world_size),
         "First example (loss on what stands between the brackets ⟦ ⟧)": _shortened(
-            render_example(prepared.data.train[0], prepared.tokenizer)
+            render_example(prepared.data.train[0], prepared.tokenizer, prepared.data.classes)
         ),
     }
     return "\n\n".join(f"== {title} ==\n{text}" for title, text in sections.items())

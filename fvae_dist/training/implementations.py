@@ -96,6 +96,8 @@ def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tup
     if asked is False:
         return False, "asked for"
     obstacle = "Liger's kernels need a GPU" if use_cpu else _liger_obstacle(config)
+    if recipe.model.task == "classification":
+        obstacle = "not used in classifiers"
     if asked is True:
         if obstacle:
             raise RecipeError(f"training.use_liger_kernel: {obstacle}")

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from fvae_dist.training.adalora import check_adalora
+from fvae_dist.training.classification import check_classification
 from fvae_dist.training.from_data import attach_from_data, check_initialisation, initialisation_from_data
 from fvae_dist.training.full import check_full, is_full
 from fvae_dist.training.modeling import attach_adapter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def check_method(recipe: Recipe) -> None:
     """RecipeError for what the recipe's method cannot be trained with, in one line."""
+    check_classification(recipe)
     check_full(recipe)
     check_adalora(recipe)
     check_initialisation(recipe)

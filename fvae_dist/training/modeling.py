@@ -21,6 +21,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
 from fvae_dist.training.adalora import UNKNOWN_STEPS, is_adalora
+from fvae_dist.training.classification import (
+    SEQ_CLS,
+    check_method_of_head,
+    empty_classifier,
+    is_classification,
+    load_classifier,
+)
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
 from fvae_dist.training.recipe_help import unknown_key
 from fvae_dist.training.rope_scaling import apply_rope_scaling, check_scaled, positions_of
@@ -130,7 +137,7 @@ def _how_scaled(recipe: Recipe) -> str:
     return f" (model.rope_scaling: {scaling.type}, factor {scaling.factor:g})" if scaling else ""
 
 
-def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
+def build_peft_config(adapter: dict[str, Any], task_type: str = "CAUSAL_LM") -> PeftConfig:
     """The PEFT configuration of the recipe's adapter section; RecipeError for a key or value PEFT does not know."""
     values = dict(adapter)
     peft_type = values.pop("peft_type", "FVAE_LORA")
@@ -145,8 +152,8 @@ def build_peft_config(adapter: dict[str, Any]) -> PeftConfig:
     for key in values:
         if key not in known:
             raise RecipeError(f"adapter.{key}: {unknown_key(key, sorted(known))}")
-    if values.setdefault("task_type", "CAUSAL_LM") != "CAUSAL_LM":
-        raise RecipeError(f"adapter.task_type: must be CAUSAL_LM, got {values['task_type']!r}")
+    if values.setdefault("task_type", task_type) != task_type:
+        raise RecipeError(f"adapter.task_type: must be {task_type}, got {values['task_type']!r} (see model.task)")
     if "r" in values and repr(values["r"]) != repr(known.get("r")):  # the default of some methods means "unset"
         rank = values["r"]
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**31:
@@ -192,7 +199,10 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
     """Build base and adapter on the meta device: checks the targets and counts, in seconds and without memory."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+            make = empty_classifier if is_classification(recipe) else AutoModelForCausalLM.from_config
+            model: Any = make(config, trust_remote_code=recipe.model.trust_remote_code)
+    except RecipeError:
+        raise
     except Exception as error:  # no causal language model, or sizes that do not fit together
         name = f"{recipe.model.name_or_path}{_how_scaled(recipe)}"
         raise RecipeError(f"model.name_or_path: cannot build {name}: {_first_line(error)}") from None
@@ -205,7 +215,7 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
     base_sizes = [parameter.numel() for parameter in model.parameters()]
     whole = sum(base_sizes)
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-    embedding = 0 if tied else model.get_input_embeddings().weight.numel()
+    embedding = 0 if tied and not is_classification(recipe) else model.get_input_embeddings().weight.numel()
     if str(recipe.adapter.get("peft_type")) == "FULL":
         return ModelPlan([], whole, embedding, whole, whole, base_sizes, base_sizes)
     try:
@@ -220,9 +230,11 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
     parameters = ((name, p) for name, p in peft_model.named_parameters() if ".ranknum." not in name)
     trainable = {name: p.numel() for name, p in parameters if p.requires_grad}
     saved_along = [name for name, _ in peft_model.named_modules() if name.endswith(".modules_to_save.default")]
-    for name in getattr(peft_model.peft_config["default"], "modules_to_save", None) or ():
+    for name in recipe.adapter.get("modules_to_save") or ():
         if not any(name in saved for saved in saved_along):
             raise RecipeError(f"adapter.modules_to_save: {name!r} matches no module")
+    if is_classification(recipe):
+        check_method_of_head(peft_model, recipe.adapter)
     if not trainable:
         raise RecipeError("adapter: nothing would be trained: no layer is adapted, or inference_mode is on")
     only_training = (".encoder2.", ".decoder.", ".logvar.", ".logvar_trunk.")
@@ -239,7 +251,8 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
 
 def attach_adapter(model: torch.nn.Module, adapter: dict[str, Any], **kwargs: Any) -> PeftModel:
     """Freeze `model` and inject the recipe's adapter, in fp32. RecipeError for targets that match nothing."""
-    config = build_peft_config(adapter)
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    config = build_peft_config(adapter, SEQ_CLS if is_classifier else "CAUSAL_LM")
     try:
         return get_peft_model(model, config, **kwargs)  # type: ignore[arg-type]
     except ValueError as error:
@@ -264,15 +277,20 @@ def load_base_model(recipe: Recipe, config: PretrainedConfig, attention: str) ->
     built and filled: no rank ever holds the whole model on its device.
     """
     section = recipe.model
-    kwargs = {"dtype": getattr(torch, section.dtype), "attn_implementation": attention}
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "attn_implementation": attention}
+    make: Any = AutoModelForCausalLM.from_config
+    load: Any = AutoModelForCausalLM.from_pretrained
+    if is_classification(recipe):
+        make, load = empty_classifier, load_classifier
+        kwargs["seed"] = recipe.training.seed
     if section.random_weights:
         # Same seed on every rank and on resume: random weights are then the same base model every time.
         transformers.set_seed(recipe.training.seed)
         config.pad_token_id = None  # zero.Init partitions the embedding before its padding row is zeroed
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **kwargs)
+        model = make(config, trust_remote_code=section.trust_remote_code, **kwargs)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load(
                 section.name_or_path,
                 config=config,
                 revision=section.revision,

@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_triton_available
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import PlanError
 from fvae_dist.planning.subject import Settings, Subject, describe
+from fvae_dist.training.classification import is_classification
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
 from fvae_dist.training.full import is_full
 from fvae_dist.training.implementations import planned_attention, planned_liger
@@ -37,6 +38,8 @@ def subject_of(
     section, training = recipe.model, recipe.training
     if is_full(recipe.adapter):
         raise PlanError("full fine-tuning is not planned: the planner knows frozen weights and adapters")
+    if is_classification(recipe):
+        raise PlanError("classification is not planned: the planner knows the head and loss of language models")
     settings = Settings(
         dtype=section.dtype,
         sequences=training.per_device_train_batch_size,

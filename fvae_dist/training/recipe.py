@@ -86,6 +86,11 @@ class ModelSection(Section):
     """The frozen base model."""
 
     name_or_path: str = Field(min_length=1, description="Hugging Face id or local folder of a causal language model.")
+    task: Literal["causal_lm", "classification"] = Field(
+        "causal_lm",
+        description="classification: a new head, trained in fp32, tells each text's label (data of format "
+        "classification).",
+    )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     tokenizer: str | None = Field(None, description="Tokenizer id or folder; default: the model's own.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -114,10 +119,11 @@ class SourceSection(Section):
     hub: str | None = Field(None, description="Hub data set id (instead of path).")
     hub_config: str | None = Field(None, description="Configuration name of the Hub data set.")
     split: str = Field("train", description="Split of the Hub data set.")
-    format: Literal["alpaca", "prompt_completion", "messages", "text"] = Field(
+    format: Literal["alpaca", "prompt_completion", "messages", "text", "classification"] = Field(
         "alpaca",
         description="alpaca: instruction/input/output; prompt_completion: prompt/completion; messages: a list of "
-        "role/content; text: one text per record (a .txt file: one document per blank-line separated block).",
+        "role/content; text: one text per record (a .txt file: one document per blank-line separated block); "
+        "classification: text/label (text or integer), for model.task classification.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Maps the format's column names to the file's, e.g. {output: answer}."
@@ -302,6 +308,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        for source in [*self.data.train, *self.data.eval]:
+            if (source.format == "classification") != (self.model.task == "classification"):
+                raise ValueError(
+                    f"data: format {source.format} of {source.path or source.hub} goes not with model.task "
+                    f"{self.model.task}"
+                )
         if self.evaluation.strategy != "no" and not self.data.eval:
             raise ValueError("evaluation.strategy: needs data.eval")
         if bool(self.evaluation.every) != bool(self.evaluation.suites):

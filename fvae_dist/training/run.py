@@ -41,6 +41,7 @@ from fvae_dist.training.fitting import (
 )
 from fvae_dist.training.full import is_full, with_master_weights
 from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
+from fvae_dist.training.labels import set_labels
 from fvae_dist.training.methods import attach_method, check_method
 from fvae_dist.training.modeling import (
     ModelPlan,
@@ -53,7 +54,7 @@ from fvae_dist.training.modeling import (
 )
 from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
-from fvae_dist.training.recipe_trainer import RecipeTrainer
+from fvae_dist.training.recipe_trainer import ClassificationTrainer, RecipeTrainer
 from fvae_dist.training.results import collect_metrics, save_results
 from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.sequence_parallel import check_shares
@@ -124,13 +125,16 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     check_lengths(recipe, config, tokenizer)
     check_shares(recipe, config, world_size, attention)
     plan = plan_model(recipe, config)
+    fingerprint = base_fingerprint(recipe.model, config, training.seed)
     is_builder = _env_int("LOCAL_RANK", 0) == 0
     data = prepare_data(
         recipe.data, tokenizer, seed=training.seed, output_dir=training.output_dir, is_builder=is_builder
     )
+    if data.classes is not None:  # how wide the head is, is known only now
+        set_labels(config, data.classes)
+        plan = plan_model(recipe, config)
     recipe = with_total_step(recipe, optimizer_steps(training, len(data.train), world_size))
     fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
-    fingerprint = base_fingerprint(recipe.model, config, training.seed)
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
         clear_output_dir(training.output_dir)
     return Prepared(
@@ -252,6 +256,9 @@ def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
     """Load the base (sharded under ZeRO-3), then attach the adapter outside zero.Init so that it stays fp32."""
     base = load_base_model(with_master_weights(prepared.recipe), prepared.config, prepared.attention)
     transformers.set_seed(args.seed)
+    if prepared.data.classes is not None:  # it finds a text's last token by it
+        model_config: Any = base.config
+        model_config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
     model = attach_method(base, prepared, args)
     if prepared.fit.recompute == "selective":
         # Not through SFTConfig: under ZeRO-3 TRL asks for reentrant checkpointing, which we undo, and refuses this.
@@ -268,7 +275,11 @@ def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
 def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> RecipeTrainer:
     """The trainer with its callbacks; transformers' own progress printing is replaced."""
     recipe, plan = prepared.recipe, prepared.plan
-    trainer = RecipeTrainer(
+    make: Any = RecipeTrainer
+    of_task: dict[str, Any] = {"liger_head": recipe.training.head == "liger"}
+    if prepared.data.classes is not None:
+        make, of_task = ClassificationTrainer, {"classes": prepared.data.classes}
+    trainer = make(
         model=model,
         args=args,
         train_dataset=prepared.data.train,
@@ -281,8 +292,8 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> Reci
         sequence_parallel=recipe.training.sequence_parallel,
         base_fingerprint=prepared.base_fingerprint,
         rope_scaling=recipe.model.rope_scaling,
-        liger_head=recipe.training.head == "liger",
         tiled_mlp=recipe.training.tiled_mlp,
+        **of_task,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(StartupChecks(trainer, trained=is_full(recipe.adapter)))

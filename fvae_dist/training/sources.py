@@ -1,7 +1,7 @@
 """Sources: local files and Hub data sets, read one record at a time and checked before anything is trained.
 
 A record that cannot be used stops the run at once with `file:line: what, which column`; nothing is skipped in silence.
-The four formats become one `Record`, so that everything after this file knows prompts, completions and messages only.
+The formats become one `Record`, so that everything after this file knows prompts, completions and messages only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+    "classification": ("text", "label"),
 }
 
 _ALPACA_WITH_INPUT = (
@@ -42,7 +43,8 @@ class Record:
     """One example as text.
 
     Either `messages` is filled, or `completion` with the `prompt` it continues ("" for format text: all of it is
-    learned). `number` is its line in the file (1-based); its row for Parquet files and Hub data sets.
+    learned; format classification: the label, of the text in `prompt`). `number` is its line in the file (1-based); its
+    row for Parquet files and Hub data sets.
     """
 
     number: int
@@ -160,6 +162,8 @@ def _check_row(row: Any, source: SourceSection, number: int) -> Record:
         return Record(number, messages=_check_messages(_column(row, "messages", source, where), where))
     if source.format == "text":
         return Record(number, completion=_text(row, "text", source, where))
+    if source.format == "classification":
+        return Record(number, prompt=_text(row, "text", source, where), completion=_label(row, source, where))
     if source.format == "prompt_completion":
         # An empty prompt is allowed: the completion is then learned without one.
         prompt = _text(row, "prompt", source, where, may_be_empty=True)
@@ -184,6 +188,17 @@ def _text(row: dict[str, Any], name: str, source: SourceSection, where: str, may
     column = source.columns.get(name, name)
     _check_text(value, f'{where}: column "{column}"')
     if not may_be_empty and not value.strip():
+        raise RecipeError(f'{where}: column "{column}" is empty')
+    return value
+
+
+def _label(row: dict[str, Any], source: SourceSection, where: str) -> str:
+    """The label as text; a number or truth value too, written as the suites of evaluation write it."""
+    value, column = _column(row, "label", source, where), source.columns.get("label", "label")
+    if isinstance(value, int):  # bool is one
+        return str(value).lower()
+    _check_text(value, f'{where}: column "{column}"')
+    if not value.strip():
         raise RecipeError(f'{where}: column "{column}" is empty')
     return value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -73,20 +74,33 @@ def describe_tokenizer(tokenizer) -> Any:
 
 
 def tokenize_batch(
-    batch: dict[str, list], *, source: SourceSection, data: DataSection, tokenizer, chat_template: str | None
+    batch: dict[str, list],
+    *,
+    source: SourceSection,
+    data: DataSection,
+    tokenizer,
+    chat_template: str | None,
+    classes: Collection[str] | None = None,
 ) -> dict[str, list]:
     """Tokenise a batch of records; for `datasets.map`.
 
     Args:
         batch: columns number, prompt, completion, messages (JSON text), N rows.
+        classes: the labels of format classification, by class number.
 
     Returns:
-        Columns of N rows, more where records are split: input_ids and labels (empty where the record is dropped),
+        Columns of N rows, more where records are split: input_ids and labels (empty where the record is dropped; of
+        format classification the number of the class alone),
         outcome, num_tokens and num_loss_tokens of what is kept, num_cut_tokens of what truncation took away.
 
     Raises:
         RecipeError: a record without any token to learn, or one that the chat template cannot render.
     """
+    if classes is not None:
+        class_of = {label: index for index, label in enumerate(classes)}
+        texts = zip(batch["number"], encode_whole_texts(batch["prompt"], tokenizer), batch["completion"], strict=True)
+        rows = [_fit_text(ids, class_of[label], data, place(source, number)) for number, ids, label in texts]
+        return {name: [row[name] for row in rows] for name in rows[0]}
     if source.format == "messages":
         encoded = [
             _encode_messages(json.loads(messages), tokenizer, chat_template or "", place(source, number))
@@ -119,6 +133,17 @@ def _fit(ids: list[int], labels: list[int], data: DataSection) -> dict[str, Any]
         keep = data.max_length if outcome is Outcome.TRUNCATED else 0
         ids, labels = ids[:keep], labels[:keep]
     return _row(ids, labels, outcome, num_cut_tokens)
+
+
+def _fit_text(ids: list[int], label: int, data: DataSection, where: str) -> dict[str, Any]:
+    """A text and its class; of a longer one the beginning, or nothing."""
+    if not ids:
+        raise RecipeError(f"{where}: no token is left after tokenisation")
+    num_cut_tokens = max(0, len(ids) - data.max_length)
+    if num_cut_tokens and data.overlong == "drop":
+        return _row([], [], Outcome.DROPPED)
+    outcome = Outcome.TRUNCATED if num_cut_tokens else Outcome.KEPT
+    return _row(ids[: data.max_length], [label], outcome, num_cut_tokens)
 
 
 def _split(ids: list[int], labels: list[int], data: DataSection) -> list[dict[str, Any]]:
@@ -169,6 +194,12 @@ def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
     all_ids = tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
     doubled = [tokenizer.bos_token_id] * 2
     return [ids[1:] if ids[:2] == doubled else ids for ids in all_ids]
+
+
+def encode_whole_texts(texts: list[str], tokenizer) -> list[list[int]]:
+    """As `encode_texts`, without an EOS at the end, which some tokenizers add; what a classifier reads."""
+    all_ids = encode_texts(texts, tokenizer)
+    return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in all_ids]
 
 
 # --------------------------------------------------------------------------------------------------------------- chats
@@ -228,8 +259,15 @@ def _mask_by_prefix(messages: list[dict], tokenizer, template: str, where: str) 
 # ---------------------------------------------------------------------------------------------------------- to look at
 
 
-def render_example(example: dict[str, list[int]], tokenizer) -> str:
-    """An example decoded, the tokens with loss between ⟦ and ⟧; the documents of a packed one on lines of their own."""
+def render_example(example: dict[str, list[int]], tokenizer, classes: list[str] | None = None) -> str:
+    """An example decoded, the tokens with loss between ⟦ and ⟧; the documents of a packed one on lines of their own.
+
+    Args:
+        classes: the labels of format classification; the text's own then follows it, in the brackets.
+    """
+    if classes is not None:
+        text = tokenizer.decode(example["input_ids"], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return f"{text} ⟦{classes[example['labels'][0]]}⟧"
     documents, start = [], 0
     for length in example.get("seq_lengths") or [len(example["input_ids"])]:
         stop = start + length
