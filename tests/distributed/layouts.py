@@ -59,8 +59,8 @@ SEQUENCE_PARALLEL: dict[str, tuple[str, Any, str, str, str]] = {
     "sp_z3_sft_off": ("sft", 3, "off", "1x6", "packed"),
     "sp_z3_plain_full": ("plain", 3, "full", "4x2", "wide"),
     "sp_z2_sft_full": ("sft", 2, "full", "1x6", "packed"),
-    "sp_z3_sft_selective": ("sft", 3, "selective", "1x7", "right"),
-    "sp_z2_plain_off": ("plain", 2, "off", "1x7", "right"),
+    "sp_z3_sft_selective": ("sft", 3, "selective", "4x2", "right"),
+    "sp_z2_plain_off": ("plain", 2, "off", "4x2", "right"),
 }
 # With MLPs over tiles of tokens; see worker.py.
 TILED = ("tiled", "tiled_sp")

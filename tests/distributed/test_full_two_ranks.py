@@ -1,32 +1,22 @@
 """Full fine-tuning by the real command on two CPU ranks under ZeRO-3, beside one process without DeepSpeed."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fvae_dist.training.process_group import free_port
+from tests.faults.harness import start_ranks
 from tests.methods import one_process, prepare, train, write_base
 from tests.recipes import RECORDS, write_recipe, write_records
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 240
 FULL = {"peft_type": "FULL"}
 pytestmark = pytest.mark.distributed
 
 
 def on_two_ranks(recipe: Path, *arguments: str) -> None:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launch, "launch/train.py", "--config", str(recipe), *arguments]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=TIMEOUT_S, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    start_ranks(["--config", str(recipe), *arguments], recipe.parent / "ranks", 2).succeed()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

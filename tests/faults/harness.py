@@ -72,6 +72,11 @@ class Run:
         self.kill()
         return [process.exitcode for process in self.processes]
 
+    def succeed(self) -> None:
+        """Run to the end, which must be a good one."""
+        codes = self.finish()
+        assert set(codes) == {0}, (codes, *(text[-4000:] for text in self.all_output))
+
     def kill(self) -> None:
         """SIGKILL what still lives."""
         for process in self.processes:
@@ -175,26 +180,13 @@ class Place:
         arguments = ["--config", str(self.folder / "recipe.yaml"), *(["--resume", "auto"] if resume else [])]
         for setting in (f"training.output_dir={output}", *layout.settings, *settings):
             arguments += ["--set", setting]
-        environment = {"HF_TOKEN": TOKEN}
-        if layout.num_ranks > 1:
-            environment |= {"WORLD_SIZE": str(layout.num_ranks), "LOCAL_WORLD_SIZE": str(layout.num_ranks)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._num_runs += 1
-        logs = [self.folder / f"{output.name}.{self._num_runs}.{rank}.log" for rank in range(layout.num_ranks)]
-        processes = []
-        for rank, log in enumerate(logs):
-            log.touch()
-            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if layout.num_ranks > 1 else {}
-            process = _context.Process(target=_be_rank, args=(arguments, str(log), fault), kwargs=environment | of_rank)
-            process.start()
-            processes.append(process)
-        return Run(processes, logs)
+        return start_ranks(arguments, self.folder / f"{output.name}.{self._num_runs}", layout.num_ranks, fault)
 
     def complete(self, output: Path, *settings: str, **options: Any) -> Run:
         """Run to the end, which must be a good one; arguments as for `start`."""
         run = self.start(output, *settings, **options)
-        codes = run.finish()
-        assert set(codes) == {0}, (codes, *(text[-4000:] for text in run.all_output))
+        run.succeed()
         return run
 
     def is_right(self, output: Path) -> bool:
@@ -217,6 +209,23 @@ class Place:
         if not whole.exists():
             self.complete(whole)
         return whole
+
+
+def start_ranks(arguments: list[str], stem: Path, num_ranks: int, fault: str = "") -> Run:
+    """Start the training command on ranks of this machine, which print to STEM.RANK.log."""
+    environment = {"HF_TOKEN": TOKEN}
+    if num_ranks > 1:
+        environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [stem.with_name(f"{stem.name}.{rank}.log") for rank in range(num_ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        log.touch()
+        of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+        process = _context.Process(target=_be_rank, args=(arguments, str(log), fault), kwargs=environment | of_rank)
+        process.start()
+        processes.append(process)
+    return Run(processes, logs)
 
 
 def _be_rank(arguments: list[str], log: str, faults: str, **environment: str) -> None:

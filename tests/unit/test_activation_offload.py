@@ -31,9 +31,10 @@ def assert_same(found, expected):
         assert torch.equal(found["gradients"][name], gradient), name
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kernel", ["torch", "fused"])
+@pytest.mark.parametrize(
+    ("kernel", "checkpointing", "tiled"),
+    [("torch", False, False), ("torch", False, True), ("torch", True, False), ("fused", True, True)],
+)
 def test_saved_elsewhere_and_brought_back(kernel, checkpointing, tiled):
     settings = {"kernel": kernel, "checkpointing": checkpointing, "tiled": tiled}
     assert_same(step(lambda _: save_on_cpu(), **settings), step(lambda _: nullcontext(), **settings))
