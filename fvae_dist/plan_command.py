@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,7 @@ from fvae_dist.training.planned import (
     make_choice,
     overrides_of,
     own_config,
+    part_length,
     subject_of,
 )
 from fvae_dist.training.recipe import Recipe, RecipeError
@@ -125,7 +125,7 @@ def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
     load = Load(
         accumulation=training.gradient_accumulation_steps,
         sequences=training.per_device_train_batch_size,
-        mean_length=_part(recipe, recipe.data.max_length),
+        mean_length=part_length(recipe, recipe.data.max_length),
         epoch_tokens=epoch_tokens,
         sequence_parallel=training.sequence_parallel,
     )
@@ -143,13 +143,8 @@ def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
     sequences, tokens = counts["num_sequences"], counts["num_tokens"]
     if not sequences:
         return load, []
-    mean_length = _part(recipe, max(1, round(tokens / sequences)))
+    mean_length = part_length(recipe, max(1, round(tokens / sequences)))
     return replace(load, mean_length=mean_length, epoch_sequences=sequences, epoch_tokens=tokens), []
-
-
-def _part(recipe: Recipe, length: int) -> int:
-    """One GPU's part of a sequence."""
-    return math.ceil(length / recipe.training.sequence_parallel)
 
 
 def _variants(

@@ -17,7 +17,7 @@ from fvae_dist.training.full import is_full
 from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.run import Prepared
-from fvae_dist.training.steps import global_batch_size, optimizer_steps, steps_per_epoch
+from fvae_dist.training.steps import global_batch_size, num_readers, optimizer_steps, steps_per_epoch
 
 _SHOWN_CHARACTERS = 4000
 
@@ -77,7 +77,7 @@ def _model(prepared: Prepared) -> str:
 def _data(prepared: Prepared, world_size: int) -> str:
     recipe, report = prepared.recipe, prepared.data.report
     training = recipe.training
-    readers = world_size // training.sequence_parallel
+    readers = num_readers(training, world_size)
     sequences = len(prepared.data.train)
     per_epoch = steps_per_epoch(training, sequences, world_size)
     steps = optimizer_steps(training, sequences, world_size)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -20,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from fvae_dist.training.checkpoint_state import own_shard, shape_of, trainable
 from fvae_dist.training.deepspeed_config import asked_stage
 from fvae_dist.training.recipe import Recipe, RecipeError
-from fvae_dist.training.saving import SaveError, tell_all_ranks
+from fvae_dist.training.saving import write_on_main
 
 FULL = "FULL"
 MODEL_FILE = SAFE_WEIGHTS_NAME
@@ -63,20 +62,15 @@ def save_full(model: Any, output_dir: str | Path, is_main: bool, processing_clas
         SaveError: on all ranks, if a weight is not finite or differs from what is on disk.
     """
     weights = whole_weights(model, keep=is_main)
-    problem = ""
-    if is_main:
-        try:
-            problem = find_bad_weight(weights)
-            if not problem:
-                model.save_pretrained(str(output_dir), state_dict=weights)
-                problem = _find_difference(weights, Path(output_dir))
-            if processing_class is not None:
-                processing_class.save_pretrained(str(output_dir))
-        except (OSError, SafetensorError) as error:
-            problem = f"{type(error).__name__}: {error}"
-    problem = tell_all_ranks(problem)
-    if problem:
-        raise SaveError(f"{output_dir}: model not saved: {problem}")
+
+    def write(output: Path) -> str:
+        problem = find_bad_weight(weights)
+        if problem:
+            return problem
+        model.save_pretrained(str(output), state_dict=weights)
+        return _find_difference(weights, output)
+
+    write_on_main("model", write, output_dir, is_main, processing_class)
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:

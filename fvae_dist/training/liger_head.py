@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_outputs import ModelOutput
 
+from fvae_dist.training.batches import IGNORED_LABEL
+
 if TYPE_CHECKING:
     from trl import SFTTrainer as _TrainerBase  # what the mixin is mixed into
 else:
@@ -69,7 +71,7 @@ def give_head(model: Any) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         if shift_labels is None:
             assert labels is not None
-            shift_labels = pad(labels[:, 1:], (0, 1), value=-100)
+            shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
         found = liger_fused_linear_cross_entropy(
             hidden.flatten(0, 1),
             weight,
@@ -78,7 +80,7 @@ def give_head(model: Any) -> None:
             return_token_accuracy=True,
             chunk_mem_const=_CHUNK,
         )
-        num_labels = (shift_labels != -100).sum()
+        num_labels = (shift_labels != IGNORED_LABEL).sum()
         accuracy = found.token_accuracy.detach().float().nan_to_num()  # of no label at all
         return ModelOutput(loss=found.loss, num_labels=num_labels, num_right=accuracy * num_labels)
 

@@ -43,7 +43,7 @@ def subject_of(
     settings = Settings(
         dtype=section.dtype,
         sequences=training.per_device_train_batch_size,
-        length=math.ceil(recipe.data.max_length / training.sequence_parallel),
+        length=part_length(recipe, recipe.data.max_length),
         sequence_parallel=training.sequence_parallel,
         activation_offload=training.activation_offload,
         attention=attention or planned_attention(recipe),
@@ -56,6 +56,11 @@ def subject_of(
         return attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
 
     return describe(config, settings, attach, partial(tile_mlps, zero3=False) if training.tiled_mlp else None)
+
+
+def part_length(recipe: Recipe, length: int) -> int:
+    """One GPU's part of a sequence."""
+    return math.ceil(length / recipe.training.sequence_parallel)
 
 
 def choice_of(

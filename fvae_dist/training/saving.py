@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,26 +41,45 @@ def save_adapter(model: PeftModel, output_dir: str | Path, is_main: bool, proces
         SaveError: on all ranks, if a tensor is empty, not finite, or differs from what is on disk.
     """
     state_dict = full_trainable_state_dict(model, keep=is_main)
+
+    def write(output: Path) -> str:
+        output.mkdir(parents=True, exist_ok=True)
+        problem = find_bad_tensor(model, state_dict)
+        if problem:
+            return problem
+        model.save_pretrained(str(output), state_dict=state_dict)
+        if is_changed_in_files(model):
+            saved_config(model).save_pretrained(str(output))
+            save_file(_as_saved(model, state_dict, "default"), output / ADAPTER_FILE, {"format": "pt"})
+        _make_readable(model, output)
+        return _find_difference(model, state_dict, output)
+
+    write_on_main("adapter", write, output_dir, is_main, processing_class)
+
+
+def write_on_main(
+    what: str, write: Callable[[Path], str], output_dir: str | Path, is_main: bool, processing_class: Any = None
+) -> None:
+    """Have the main rank write a folder, with the tokenizer beside it. All ranks must call this.
+
+    Args:
+        what: is written, for the message.
+        write: writes it; returns what is wrong with it, or nothing.
+
+    Raises:
+        SaveError: on all ranks, what `write` returned, or that it could not write.
+    """
     problem = ""
     if is_main:
         try:
-            output = Path(output_dir)
-            output.mkdir(parents=True, exist_ok=True)
-            problem = find_bad_tensor(model, state_dict)
-            if not problem:
-                model.save_pretrained(str(output), state_dict=state_dict)
-                if is_changed_in_files(model):
-                    saved_config(model).save_pretrained(str(output))
-                    save_file(_as_saved(model, state_dict, "default"), output / ADAPTER_FILE, {"format": "pt"})
-                _make_readable(model, output)
-                problem = _find_difference(model, state_dict, output)
+            problem = write(Path(output_dir))
             if processing_class is not None:
-                processing_class.save_pretrained(str(output))
+                processing_class.save_pretrained(str(output_dir))
         except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
     problem = tell_all_ranks(problem)
     if problem:
-        raise SaveError(f"{output_dir}: adapter not saved: {problem}")
+        raise SaveError(f"{output_dir}: {what} not saved: {problem}")
 
 
 def full_trainable_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:

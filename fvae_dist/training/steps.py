@@ -7,14 +7,15 @@ import math
 from fvae_dist.training.recipe import TrainingSection
 
 
+def num_readers(training: TrainingSection, world_size: int) -> int:
+    """Devices, or groups of devices that share their rows, which read rows of their own."""
+    return world_size // training.sequence_parallel
+
+
 def global_batch_size(training: TrainingSection, world_size: int) -> int:
     """Sequences of one optimizer step."""
-    return (
-        training.per_device_train_batch_size
-        * training.gradient_accumulation_steps
-        * world_size
-        // training.sequence_parallel
-    )
+    per_reader = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return per_reader * num_readers(training, world_size)
 
 
 def steps_per_epoch(training: TrainingSection, num_sequences: int, world_size: int) -> int:
