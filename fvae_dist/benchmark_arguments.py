@@ -72,8 +72,13 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     _add_variants(parser)
     parser.add_argument("--gpus", type=at_least(1), metavar="N", help="train on N GPUs under ZeRO-3, a run a variant")
     parser.add_argument("--steps", type=at_least(6), default=10, metavar="N", help="--gpus: steps (default: 10)")
-    parser.add_argument("--compare", choices=["trl"], help="--gpus: also TRL and PEFT LoRA at their defaults")
+    _add_compare(parser, "--gpus: ")
     _add_set(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser, condition: str = "") -> None:
+    text = f"{condition}also TRL and PEFT LoRA at their defaults; trl_liger: with Liger's kernels"
+    parser.add_argument("--compare", nargs="+", choices=["trl", "trl_liger"], default=[], help=text)
 
 
 def _add_context(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +91,7 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=["lora", "torch", "fused"], help="default: lora, and fused (on a CPU torch)"
     )
-    parser.add_argument("--compare", choices=["trl"], help="also TRL and PEFT LoRA at their defaults")
+    _add_compare(parser)
     parser.add_argument("--gpus", type=at_least(1), default=1, metavar="N", help="of every run (default: 1)")
     parser.add_argument(
         "--recompute", choices=["full", "selective", "none"], default="full", help="of ours (default: full)"
@@ -100,8 +105,8 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation-offload", action="store_true", help="ours keeps activations in host memory")
     parser.add_argument("--tiled-mlp", action="store_true", help="MLPs of ours over tiles of tokens")
     _add_set(parser)
-    parser.add_argument("--steps", type=at_least(2), default=5, metavar="N", help="of a run (default: 5)")
-    parser.add_argument("--warm-up", type=at_least(1), default=2, metavar="N", help="of them unmeasured (default: 2)")
+    parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="of a run (default: 5)")
+    parser.add_argument("--warm-up", type=at_least(0), default=2, metavar="N", help="of them unmeasured (default: 2)")
     parser.add_argument("--run-timeout", type=at_least(1), default=540, metavar="S", help="of a run (default: 540 s)")
     parser.add_argument(
         "--attention-tflops",

@@ -177,7 +177,8 @@ def remember(ticket: int, noise: Noise, outputs: tuple[Tensor, ...]) -> None:
         _without_graph.append((ticket, noise))
         return
     remembered = _Remembered(ticket, noise)
-    _live.setdefault(ticket, []).append(ref(remembered, partial(_forget, ticket)))
+    reference = ref(remembered, partial(_forget, ticket))  # made first: to make it may free another of this ticket
+    _live.setdefault(ticket, []).append(reference)
     for output in needed:
         node: Any = output.grad_fn
         node.metadata.setdefault("fvae_noise", []).append(remembered)
@@ -209,7 +210,7 @@ def recall(ticket: int) -> Noise:
             "recomputation cannot tell the noise of its forward from another's that began in the same random state; "
             "do not reseed between forwards whose backward passes are still to come"
         )
-    return found[0]
+    return found[-1]  # of the same forward as what its neighbours find
 
 
 def _is_same(a: Noise, b: Noise) -> bool:

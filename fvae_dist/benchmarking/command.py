@@ -30,7 +30,6 @@ from fvae_dist.benchmarking.variants import (
     LABELS,
     LORA,
     REFERENCE,
-    STOCK,
     TORCH,
     AdapterSize,
     default_dtype,
@@ -184,7 +183,7 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ce
     variants = args.variants or [*alone, *([REFERENCE] if args.reference else [])]
     run = _step_run(args, variants, device, dtype)
     if several:
-        training = TrainingRun(run, args.gpus, args.steps, args.compare == "trl", changes=tuple(args.set))
+        training = TrainingRun(run, args.gpus, args.steps, tuple(args.compare), changes=tuple(args.set))
         rows = benchmark_training(training, ceilings)
         how = ", ".join([f"ZeRO-3, {args.gpus} rank(s)", *args.set])
         notes = [f"Medians and quartiles of steps {WARM_UP + 1} to {args.steps} of one training run each."]
@@ -225,13 +224,13 @@ def _context(args: argparse.Namespace, device: torch.device, dtype: torch.dtype,
         step,
         args.gpus,
         args.steps,
-        args.compare == "trl",
+        tuple(args.compare),
         args.warm_up,
         args.sequence_parallel,
         (*(f"{key}={value}" for key, value in stated.items()), *args.set),
         args.run_timeout,
     )
-    names = [*names, *([STOCK] if training.compare else [])]
+    names = [*names, *training.compare]
     lengths = args.tokens or doubled(args.first, args.last)
     run = ContextRun(training, names, lengths, args.resolution, args.attention_tflops)
     head, rows = _head(args, device, dtype, ceilings), list[dict[str, Any]]()

@@ -20,7 +20,7 @@ from fvae_dist.benchmarking.lengths import Bounds, Row, walk
 from fvae_dist.benchmarking.report import Column, Report
 from fvae_dist.benchmarking.step import step_row
 from fvae_dist.benchmarking.timing import OUT_OF_MEMORY, Measured
-from fvae_dist.benchmarking.variants import LABELS, LORA, STOCK
+from fvae_dist.benchmarking.variants import LABELS, LORA, STOCKS
 from fvae_dist.benchmarking.zero3 import TrainingRun, add_ratios, measure_run, sizes_of
 from fvae_dist.training.recipe import RecipeError
 
@@ -88,8 +88,8 @@ class _One:
     def __call__(self, name: str, tokens: int) -> Row:
         print(f"{name}, T = {tokens} ...", file=sys.stderr, flush=True)
         training = self.run.training
-        recompute = "full" if name == STOCK else training.step.recompute[0]  # TRL's default
-        sharing = 1 if name == STOCK else training.sequence_parallel
+        recompute = "full" if name in STOCKS else training.step.recompute[0]  # TRL's default
+        sharing = 1 if name in STOCKS else training.sequence_parallel
         measured = {name: self.measure(training, name, tokens, recompute)}
         row = step_row(
             training.step, self.ceilings, self.size, self.adapted, recompute, tokens, name, measured, sharing
@@ -102,8 +102,8 @@ class _One:
 
 def _compare(rows: list[Row]) -> None:
     """Put the ratios into the rows of one length."""
-    stock = next((row for row in rows if row["variant"] == STOCK), {})
-    add_ratios([row for row in rows if row["variant"] != STOCK], stock)
+    stock = [row for row in rows if row["variant"] in STOCKS]
+    add_ratios([row for row in rows if row["variant"] not in STOCKS], stock)
 
 
 def _summarise(run: ContextRun, report: Report) -> None:

@@ -1,7 +1,8 @@
 """The stock stack, for comparison: TRL's SFTTrainer, PEFT's LoRA, ZeRO-3 with "auto" sizes, and TRL's defaults.
 
 Started by torchrun with a folder that `trial.write_inputs` filled; nothing of this project takes part in the training.
-Its stock.json says length, steps, dtype, use_cpu and the adapter; stock_result.json is written.
+Its stock.json says length, steps, dtype, use_cpu, the adapter and what of SFTConfig is not at its default;
+stock_result.json is written.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def _arguments(folder: Path, asked: dict[str, Any]) -> SFTConfig:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **asked["changes"],
     )
 
 

@@ -11,7 +11,10 @@ from peft import LoraConfig, PeftConfig
 from fvae_dist.adapter import FVAELoraConfig
 from fvae_dist.benchmarking.floor import Floor, LayerSize, base_floor, fvae_floor, lora_floor
 
-BASE, LORA, TORCH, FUSED, REFERENCE, STOCK = "base", "lora", "torch", "fused", "reference", "trl"
+BASE, LORA, TORCH, FUSED, REFERENCE = "base", "lora", "torch", "fused", "reference"
+STOCK, STOCK_LIGER = "trl", "trl_liger"
+# Of the stock stack, what is not at its default (trl.SFTConfig's names).
+STOCKS: dict[str, dict[str, Any]] = {STOCK: {}, STOCK_LIGER: {"use_liger_kernel": True}}
 LABELS = {
     BASE: "frozen base",
     LORA: "PEFT LoRA",
@@ -19,6 +22,7 @@ LABELS = {
     FUSED: "FVAE fused",
     REFERENCE: "reference layer",
     STOCK: "TRL, PEFT LoRA, ZeRO-3",
+    STOCK_LIGER: "TRL, PEFT LoRA, ZeRO-3, Liger",
 }
 
 
@@ -71,7 +75,7 @@ class AdapterSize:
         """The floor of the variant's adapter, without the base layer; None for the base."""
         if variant == BASE:
             return None
-        if variant in (LORA, STOCK):
+        if variant in (LORA, *STOCKS):
             return lora_floor(size, self.r)
         return fvae_floor(size, self.fvae())
 

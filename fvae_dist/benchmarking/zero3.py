@@ -35,7 +35,7 @@ from fvae_dist.benchmarking.trial import (
     train_command,
     write_inputs,
 )
-from fvae_dist.benchmarking.variants import LORA, STOCK, TORCH, dtype_name
+from fvae_dist.benchmarking.variants import LORA, STOCKS, TORCH, dtype_name
 
 # Of the device (torch, CUDA, NCCL) and of the host; a rank that the kernel's out-of-memory killer ended says nothing.
 _NO_MEMORY = re.compile(
@@ -50,7 +50,7 @@ class TrainingRun:
 
     Attributes:
         steps: a run's, the first `warm_up` of them unmeasured.
-        compare: whether TRL's stock stack is measured too.
+        compare: which of TRL's stock settings (`variants.STOCKS`) are measured too.
         sequence_parallel: GPUs that share a sequence of ours.
         changes: more of ours for --set.
         timeout_s: of a run.
@@ -59,7 +59,7 @@ class TrainingRun:
     step: StepRun
     num_gpus: int
     steps: int
-    compare: bool
+    compare: tuple[str, ...]
     warm_up: int = WARM_UP
     sequence_parallel: int = 1
     changes: tuple[str, ...] = ()
@@ -78,15 +78,15 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
         measured = {name: measure_run(run, name, tokens, recompute)}
         return step_row(run.step, ceilings, size, adapted, recompute, tokens, name, measured)
 
-    stock: dict[int, dict[str, Any]] = {}
+    stock: dict[int, list[dict[str, Any]]] = {}
     for recompute in run.step.recompute:
         for tokens in run.step.tokens:
             rows = [row_of(name, tokens, recompute) for name in names_of(run.step)]
-            is_new = run.compare and tokens not in stock
-            if is_new:
-                stock[tokens] = row_of(STOCK, tokens, "full")  # TRL's default, whatever ours does
-            add_ratios(rows, stock.get(tokens, {}))
-            yield from [*rows, stock[tokens]] if is_new else rows
+            is_new = tokens not in stock
+            if is_new:  # TRL's default is full recomputation, whatever ours does
+                stock[tokens] = [row_of(name, tokens, "full") for name in run.compare]
+            add_ratios(rows, stock[tokens])
+            yield from [*rows, *stock[tokens]] if is_new else rows
 
 
 def sizes_of(step: StepRun) -> tuple[ModelSize, list[tuple[int, int]]]:
@@ -97,11 +97,12 @@ def sizes_of(step: StepRun) -> tuple[ModelSize, list[tuple[int, int]]]:
     return size_of(model), [(linear.in_features, linear.out_features) for linear in linears]
 
 
-def add_ratios(rows: list[dict[str, Any]], stock: dict[str, Any]) -> None:
-    """Put the ratios of our rows of one length to LoRA's, the stock stack's and the silent variant's into them."""
+def add_ratios(rows: list[dict[str, Any]], stock: list[dict[str, Any]]) -> None:
+    """Put the ratios of our rows of one length to LoRA's, the fastest stock one's and the silent one's into them."""
     ms = {row["variant"]: row.get("ms") for row in rows}
+    fastest = min((row["ms"] for row in stock if "ms" in row), default=None)
     for row in rows:
-        others = {"ratio_to_lora": ms.get(LORA), "ratio_to_trl": stock.get("ms")}
+        others = {"ratio_to_lora": ms.get(LORA), "ratio_to_trl": fastest}
         if row["variant"].endswith(TERMS):
             others["ratio_to_silent"] = ms.get(row["variant"].removesuffix(TERMS))
         row |= {key: row["ms"] / other for key, other in others.items() if other and "ms" in row}
@@ -110,7 +111,7 @@ def add_ratios(rows: list[dict[str, Any]], stock: dict[str, Any]) -> None:
 def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Measured:
     """Train with one variant; what goes wrong in the run stands in its result, the end of its log on stderr."""
     step = run.step
-    variant = TORCH if name == STOCK else name.removesuffix(TERMS)  # for STOCK only the inputs are taken
+    variant = TORCH if name in STOCKS else name.removesuffix(TERMS)  # for a stock one only the inputs are taken
     try:
         step.adapter.config(variant, step.targets)
         adapter = step.adapter.settings(variant, step.targets)
@@ -125,13 +126,13 @@ def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Mea
         step.liger,
         name.endswith(TERMS),
         run.steps,
-        1 if name == STOCK else run.sequence_parallel,
+        1 if name in STOCKS else run.sequence_parallel,
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = write_inputs(setting, run.num_gpus, folder)
-        if name == STOCK:
-            command = _stock_command(run, setting, folder)
+        if name in STOCKS:
+            command = _stock_command(run, setting, folder, STOCKS[name])
         else:
             selective = ["training.recompute=selective"] * (recompute == "selective")
             command = train_command(recipe, run.num_gpus, [*_changes(step), *selective, *run.changes])
@@ -140,7 +141,7 @@ def measure_run(run: TrainingRun, name: str, tokens: int, recompute: str) -> Mea
             log = (folder / "log").read_text(errors="replace")
             print(log[-3000:], file=sys.stderr)
             return Measured(error=OUT_OF_MEMORY if _NO_MEMORY.search(log) else problem)
-        return _read_stock(folder, run) if name == STOCK else _read_own(folder, tokens, run)
+        return _read_stock(folder, run) if name in STOCKS else _read_own(folder, tokens, run)
 
 
 def _changes(step: StepRun) -> list[str]:
@@ -148,12 +149,13 @@ def _changes(step: StepRun) -> list[str]:
     return [*changes, "training.use_cpu=true"] if step.device.type == "cpu" else changes
 
 
-def _stock_command(run: TrainingRun, setting: Setting, folder: Path) -> list[str]:
+def _stock_command(run: TrainingRun, setting: Setting, folder: Path, changes: dict[str, Any]) -> list[str]:
     asked = {
         "length": setting.length,
         "steps": setting.steps,
         "dtype": dtype_name(run.step.dtype),
         "use_cpu": run.step.device.type == "cpu",
+        "changes": changes,
         "lora": run.step.adapter.settings(LORA, run.step.targets),
     }
     (folder / "stock.json").write_text(json.dumps(asked))

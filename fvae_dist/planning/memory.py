@@ -100,7 +100,7 @@ def host_memory_gib(subject: Subject, choice: Choice, world_size: int, gpus_per_
     if choice.offload == "cpu":
         weights = subject.base_parameters * subject.settings.bytes_per_weight * min(gpus_per_node / world_size, 1.0)
     if subject.settings.activation_offload:
-        kept = _checkpoint_bytes(subject, choice) * subject.num_layers
+        kept = _input_bytes(subject, choice) * subject.num_layers
         kept += _saved_by_all(subject, choice, subject.traces(choice.gathers), "whole", subject.num_layers)
         activations = kept * min(gpus_per_node, world_size)
     return (weights + activations) / GIB
@@ -115,22 +115,25 @@ def _always(subject: Subject, choice: Choice, world_size: int) -> dict[str, floa
         "base_weights": 0.0 if choice.offload else shard + _persistent(subject, choice, world_size),
         "hpz_copy": base / choice.hpz if choice.hpz > 1 else 0.0,
         "adapter_states": adapter_bytes(subject, choice, world_size),
-        "checkpoints": _checkpoint_bytes(subject, choice) * _layers_kept(subject),
+        "checkpoints": _checkpoint_bytes(subject, choice),
         "communication": _buckets(subject, choice, world_size),
     }
 
 
 def _checkpoint_bytes(subject: Subject, choice: Choice) -> float:
-    """What recomputation of one layer starts from."""
-    layer = subject.traces(choice.gathers).whole
-    return {"none": 0, "full": layer.input_bytes, "selective": layer.input_bytes + layer.attention_bytes}[
-        choice.recompute
-    ]
+    """What recomputation starts from, on the device: of all layers, or of those whose inputs are not offloaded yet.
+
+    What selective recomputation keeps of attention is in torch's own store, past the hooks that offload.
+    """
+    num_inputs = num_layers = subject.num_layers
+    if subject.settings.activation_offload:
+        num_inputs = min(num_layers, _STASHED_TENSORS)
+    attention = subject.traces(choice.gathers).whole.attention_bytes if choice.recompute == "selective" else 0
+    return _input_bytes(subject, choice) * num_inputs + attention * num_layers
 
 
-def _layers_kept(subject: Subject) -> int:
-    """Layers whose checkpoint is on the device at a time."""
-    return min(subject.num_layers, _STASHED_TENSORS) if subject.settings.activation_offload else subject.num_layers
+def _input_bytes(subject: Subject, choice: Choice) -> float:
+    return subject.traces(choice.gathers).whole.input_bytes if choice.recompute != "none" else 0.0
 
 
 def adapter_bytes(subject: Subject, choice: Choice, world_size: int) -> float:

@@ -200,22 +200,22 @@ def training_run(**changes) -> zero3.TrainingRun:
         rounds=1,
         warm_up=0,
     )
-    return zero3.TrainingRun(step, **{"num_gpus": 2, "steps": 6, "compare": True, **changes})
+    return zero3.TrainingRun(step, **{"num_gpus": 2, "steps": 6, "compare": ("trl", "trl_liger"), **changes})
 
 
 def test_rows_of_training_runs(monkeypatch):
     def fake(run, name, tokens, recompute):
-        ms = {"lora": [10.0, 20.0, 30.0], "torch": [40.0], "torch +terms": [50.0], "trl": [80.0]}
+        ms = {"lora": [10.0, 20.0, 30.0], "torch": [40.0], "torch +terms": [50.0], "trl_liger": [80.0], "trl": [90.0]}
         return Measured(ms=ms[name], peak_bytes=2**30) if name in ms else Measured(error="not there")
 
     monkeypatch.setattr(zero3, "measure_run", fake)
     rows = list(zero3.benchmark_training(training_run(), CEILINGS))
     names = [(row["recompute"], row["variant"]) for row in rows]
     own = ["lora", "torch", "torch +terms", "fused", "fused +terms"]
-    assert names == [*(("full", name) for name in (*own, "trl")), *(("none", name) for name in own)]
-    of = {row["variant"]: row for row in rows[:6]}
+    assert names == [*(("full", name) for name in (*own, "trl", "trl_liger")), *(("none", name) for name in own)]
+    of = {row["variant"]: row for row in rows[:7]}
     assert (of["torch"]["ratio_to_lora"], of["torch"]["ratio_to_trl"]) == (2.0, 0.5)
-    assert rows[6]["recompute"] == "none" and rows[6]["ratio_to_trl"] == 0.25
+    assert rows[7]["recompute"] == "none" and rows[7]["ratio_to_trl"] == 0.25
     assert of["torch +terms"]["ratio_to_silent"] == 1.25 and "ratio_to_silent" not in of["torch"]
     assert of["lora"]["tokens_per_s"] == pytest.approx(32 / 0.02) and of["lora"]["peak_gib"] == 1.0
     # N = 151,552, attention 2 layers x 2 T^2 x 64: model operations over time and ceiling.

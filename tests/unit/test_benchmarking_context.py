@@ -111,7 +111,7 @@ def context_run(names=("lora", "torch", "trl"), **changes) -> ContextRun:
         rounds=1,
         warm_up=1,
     )
-    training = TrainingRun(step, num_gpus=2, steps=3, compare=True, sequence_parallel=2, changes=("a.b=1",))
+    training = TrainingRun(step, num_gpus=2, steps=3, compare=("trl",), sequence_parallel=2, changes=("a.b=1",))
     return ContextRun(training, list(names), [32, 64], 16, **changes)
 
 
