@@ -510,6 +510,33 @@ def test_streams_live_as_long_as_their_graph(how, checkpointed):
         gc.enable()
 
 
+def test_a_graph_that_goes_while_another_of_its_ticket_is_remembered(monkeypatch):
+    """The garbage collector may end a forgotten graph at any call; which one it takes is not for us to say."""
+    old = torch.ones(2, requires_grad=True) * 2
+    noise.remember(7, GeneratorNoise(), (old,))
+    dying, make = [old], noise.ref
+    del old
+
+    def ref_that_collects(*args):
+        dying.clear()
+        return make(*args)
+
+    monkeypatch.setattr(noise, "ref", ref_that_collects)
+    new, ours = torch.ones(2, requires_grad=True) * 2, GeneratorNoise()
+    noise.remember(7, ours, (new,))
+    assert not dying and noise.recall(7) is ours
+
+
+def test_recall_finds_the_newest_of_equals():
+    """Layers that share an input are computed together if their noise has the same keys, the very same."""
+    graphs = [torch.ones(2, requires_grad=True) * 2 for _ in range(2)]
+    streams = [LayerNoise(torch.arange(2), 1) for _ in graphs]
+    for graph, stream in zip(graphs, streams):
+        noise.remember(7, stream, (graph,))
+    noise.remember(8, streams[1], (graphs[1],))
+    assert noise.recall(7) is noise.recall(8)
+
+
 def test_forward_without_gradients_leaves_nothing():
     gc.collect()
     model = Checkpointed().train()
