@@ -149,8 +149,6 @@ def _candidates(recipe: Recipe, deepspeed: dict[str, Any] | None) -> Iterator[tu
     if recipe.training.recompute == "auto" and recipe.training.activation_offload:
         recomputes = ["full"]  # anything less fits the device, and fills the host's memory instead
     for recompute in recomputes:
-        if recompute == "selective" and zero_stage(deepspeed) == 3 and recipe.training.recompute == "auto":
-            continue  # equal on CPU, not measured on a GPU yet
         if recipe.training.recompute in ("auto", recompute):
             yield from ((recompute, resident) for resident in _residencies(recipe, deepspeed))
 
