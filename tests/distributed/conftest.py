@@ -40,7 +40,7 @@ SCENARIOS = (
     "whole_run",
     "gradient_split",
     "five_steps",
-    "hundred_steps",
+    "forty_steps",
     "unsafe_precision",
     "resume",
     "elastic",

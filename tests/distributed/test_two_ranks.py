@@ -48,7 +48,7 @@ def test_checkpointing_is_non_reentrant(two_ranks):
 
 
 def test_recomputation_leaves_no_modules_on_the_stack(two_ranks):
-    """hundred_steps runs without checkpointing; five_steps with it: DeepSpeed would leak modules every step."""
+    """forty_steps runs without checkpointing; five_steps with it: DeepSpeed would leak modules every step."""
     assert two_ranks.result("five_steps")["forward_stack"] <= 1
 
 
@@ -120,15 +120,15 @@ def test_start_refuses_lost_precision(two_ranks, broken, message):
 
 
 def test_small_updates_are_not_lost(two_ranks):
-    """A hundred AdamW steps of 1e-4 on the decoders' scales, which are about 1: in bf16 (spacing 0.004 to 0.008) each
-    would round away. Where the gradient keeps its sign, the whole 1e-2 must arrive, in the file too."""
-    result = two_ranks.result("hundred_steps")
-    saved = adapter_on_disk(two_ranks.folder / "out" / "hundred_steps" / "adapter")
+    """Forty AdamW steps of 1e-4 on the decoders' scales, which are about 1: in bf16 (spacing 0.004 to 0.008) each
+    would round away. Where the gradient keeps its sign, the whole 4e-3 must arrive, in the file too."""
+    result = two_ranks.result("forty_steps")
+    saved = adapter_on_disk(two_ranks.folder / "out" / "forty_steps" / "adapter")
     for name in (name for name in result["final"] if name.endswith("scale")):
         moved = (saved[on_disk_name(name)] - result["start"][name]).abs()
         assert torch.equal(saved[on_disk_name(name)], result["masters"][name])
-        assert 8e-3 < moved.max() < 1.01e-2
-        assert (moved > 5e-3).float().mean() > 0.5, f"{name}: {moved}"
+        assert 3.2e-3 < moved.max() < 4.04e-3
+        assert (moved > 2e-3).float().mean() > 0.5, f"{name}: {moved}"
 
 
 def test_half_precision_base_trains(two_ranks):

@@ -388,19 +388,19 @@ def eval_logits(trainer: Any) -> torch.Tensor:
     return trainer.deepspeed(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
 
 
-def hundred_steps(folder: Path) -> dict[str, Any]:
+def forty_steps(folder: Path) -> dict[str, Any]:
     """AdamW steps of 1e-4: bf16 would lose each of them on a weight of size one."""
     # Small weights kept whole on every rank, as DeepSpeed does by default; elsewhere here all are sharded.
     run = Run(
         folder,
-        "hundred_steps",
+        "forty_steps",
         dtype="bfloat16",
-        steps=100,
+        steps=40,
         learning_rate=1e-4,
         checkpointing=False,
         zero={"stage3_param_persistence_threshold": 100_000},
         adapter={"layers_to_transform": [1]},
-        arguments={"logging_steps": 100},
+        arguments={"logging_steps": 40},
     )
     return run.train(save=True)
 
@@ -522,7 +522,7 @@ SCENARIOS: dict[str, Any] = {
     "whole_run": whole_run,
     "gradient_split": gradient_split,
     "five_steps": five_steps,
-    "hundred_steps": hundred_steps,
+    "forty_steps": forty_steps,
     "unsafe_precision": unsafe_precision,
     "resume": resume,
     "elastic": elastic,
