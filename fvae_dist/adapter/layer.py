@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fvae_dist.adapter import side_loss, together
 from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.linears import NARROW
 from fvae_dist.adapter.up_projection import UpProjection
-from fvae_dist.adapter.vae import NARROW, FactorizedVAE
+from fvae_dist.adapter.vae import FactorizedVAE
 
 MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -8,7 +8,7 @@ the sums of several layers are computed together, because a GPU runs one such su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -51,13 +51,20 @@ class TokenStatistics(NamedTuple):
 
 @torch.no_grad()
 def token_statistics(
-    terms: TokenTerms, neg_elbo: Tensor, q1: tuple[Tensor, Tensor], q2: tuple[Tensor, Tensor], x: Tensor, xhat: Tensor
+    terms: TokenTerms,
+    neg_elbo: Tensor,
+    q1: tuple[Tensor, Tensor],
+    q2: tuple[Tensor, Tensor],
+    x: Tensor,
+    hidden: Tensor,
+    reconstruct: Callable[[Tensor], Tensor],
 ) -> TokenStatistics:
-    """q1, q2: mean and clamped log-variance, (..., R); x, xhat: input and its reconstruction, (..., D)."""
+    """q1, q2: mean and clamped log-variance, (..., R); x: the input, (..., D); hidden: the decoder's units (..., H), of
+    which `reconstruct` makes xhat."""
     given = (terms.nll, terms.kl_z1, terms.z1_sq, terms.z2_sq, neg_elbo, *q1, *q2)
     sample = r2_sample(neg_elbo.numel(), x.device)
-    x, xhat = (part.detach().reshape(-1, part.shape[-1])[sample] for part in (x, xhat))
-    return TokenStatistics(*(tensor.detach() for tensor in (*given, x, xhat, x.new_empty(0))))
+    x, hidden = (part.detach().reshape(-1, part.shape[-1])[sample] for part in (x, hidden))
+    return TokenStatistics(*(tensor.detach() for tensor in (*given, x, reconstruct(hidden), x.new_empty(0))))
 
 
 @lru_cache(maxsize=8)

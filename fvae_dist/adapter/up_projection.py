@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fvae_dist.adapter.vae import CastLinear, Fp32Module
+from fvae_dist.adapter.linears import CastLinear, Fp32Module
 from fvae_dist.kernels.products import wide_product
 
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.linears import CastLinear, Fp32Module, InputLinear, Reconstruction
 from fvae_dist.adapter.noise import GENERATOR, GeneratorNoise, LayerNoise
 from fvae_dist.adapter.objective import (
     LOGVAR_LIMIT,
     coefficients,
-    diag_gaussian_nll,
     neg_elbo,
     token_terms,
     wide,
@@ -35,70 +35,6 @@ from fvae_dist.kernels.passes import Call
 from fvae_dist.kernels.spec import Spec
 
 logger = logging.getLogger(__name__)
-
-NARROW = (torch.float16, torch.bfloat16)
-
-
-class Fp32Module(nn.Module):
-    """A module whose parameters ignore casts to 16 bit, as in `model.to(torch.bfloat16)`; float64 is allowed."""
-
-    def _apply(self, fn, recurse=True):
-        def keep_wide(tensor: Tensor) -> Tensor:
-            cast = fn(tensor)
-            if cast.dtype in NARROW and tensor.dtype not in NARROW:
-                return tensor.to(device=cast.device)
-            return cast
-
-        return super()._apply(keep_wide, recurse)
-
-
-class CastLinear(nn.Linear):
-    """A linear that computes in the dtype of its input, whatever the dtype of its weights.
-
-    Not through F.linear: ZeRO-3 replaces that function by a Python one, which keeps gathered base weights from staying
-    alive and costs 1 ms a call; on adapter weights, which stay whole, it saves nothing.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight.to(input.dtype).t()
-        rows = input.reshape(-1, self.in_features)
-        if self.bias is None:
-            output = rows.mm(weight)
-        else:
-            output = torch.addmm(self.bias.to(input.dtype), rows, weight)
-        return output.view(*input.shape[:-1], self.out_features)
-
-
-class _WideProduct(torch.autograd.Function):
-    """x @ weight.T with the weight's fp32 values and an fp32 result, for a 16-bit x; x is kept as it is.
-
-    In 16 bits the result would be rounded before a ReLU, or before the exponential of a log-variance: units switch,
-    and encoder gradients are off by several percent, or all of it beside outlier features.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight.to(x.dtype))
-        return x.float().mm(weight.t())
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        x, weight = ctx.saved_tensors
-        if x.dtype == torch.float16:  # whose range the gradient may leave
-            gradient = gradients[0]
-            return gradient.mm(weight.float()).to(x.dtype), gradient.t().mm(x.float())
-        gradient = gradients[0].to(x.dtype)
-        return gradient.mm(weight), gradient.t().mm(x).float()
-
-
-class InputLinear(CastLinear):
-    """The first linear over D: as `CastLinear`, but its result is fp32 and as exact as the input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dtype not in NARROW:
-            return super().forward(input)
-        output = _WideProduct.apply(input.reshape(-1, self.in_features), self.weight)
-        return (output + self.bias).view(*input.shape[:-1], self.out_features)
 
 
 class MLP(nn.Module):
@@ -170,7 +106,7 @@ class Decoder(nn.Module):
         width = config.decoder_hidden if config.decoder_layers else latent
         self.fusion = config.latent_fusion
         self.layers = MLP(latent, config.decoder_hidden, config.decoder_layers, config.decoder_dropout)
-        self.output = CastLinear(width, in_features)
+        self.output = Reconstruction(width, in_features)
         self.scale = nn.Parameter(torch.ones(in_features))
 
     @property
@@ -178,11 +114,12 @@ class Decoder(nn.Module):
         return self.layers.dropouts
 
     def forward(self, z1: Tensor, z2: Tensor, x: Tensor, keeps: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Given z1, z2 (..., R): negative log-likelihood of x (..., D), nats per token, (...), fp32; xhat (..., D)."""
+        """Given z1, z2 (..., R): negative log-likelihood of x (..., D), nats per token, (...), fp32; the hidden units
+        (..., H), of which `output` makes xhat."""
         z = torch.cat([z1, z2], dim=-1) if self.fusion == "concat" else (z1 + z2) / 2
-        xhat = self.output(self.layers(z, keeps).to(x.dtype))
+        hidden = self.layers(z, keeps).to(x.dtype)
         # |scale| equals the reference's scale wherever that one is defined, and cannot turn negative.
-        return diag_gaussian_nll(x, xhat, self.scale.abs() + 1e-5), xhat
+        return self.output(hidden, x, self.scale.abs() + 1e-5), hidden
 
 
 def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
@@ -273,12 +210,12 @@ class FactorizedVAE(Fp32Module):
             z1_side = sample(q1[0], q1[1], draws.eps1)
         q2 = self.encoder2(x, keeps2)
         z2 = sample(q2[0], q2[1], draws.eps2)
-        nll, xhat = self.decoder(z1_side, z2, x, keeps_decoder)
+        nll, hidden = self.decoder(z1_side, z2, x, keeps_decoder)
         terms = token_terms(nll, z1_side, z2, q1, q2, self.config)
         loss = neg_elbo(terms, self.config)
         if not with_statistics:
             return z1, loss
-        return z1, loss, *token_statistics(terms, loss, q1, q2, x, xhat)
+        return z1, loss, *token_statistics(terms, loss, q1, q2, x, hidden, self.decoder.output)
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the kernels compute the training forward for x. Each choice is logged once.

@@ -8,9 +8,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
+from fvae_dist.adapter.linears import CastLinear
 from fvae_dist.adapter.noise import GENERATOR, LayerNoise
 from fvae_dist.adapter.telemetry import TokenStatistics
-from fvae_dist.adapter.vae import CastLinear, Decoder, Encoder, FactorizedVAE, sample
+from fvae_dist.adapter.vae import Decoder, Encoder, FactorizedVAE, sample
 from tests.models import randomise, tiny_adapter
 
 NO_DROPOUT = {"encoder_dropout": 0.0, "decoder_dropout": 0.0}
@@ -288,7 +289,8 @@ def test_decoder_reads_both_latents(fusion):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoder_returns_the_likelihood_of_its_reconstruction(dtype):
     decoder, z, x = Decoder(6, tiny_adapter()), inputs(3, 4), inputs(3, 6, dtype=dtype)
-    nll, xhat = decoder(z, z, x, [None, None])
+    nll, hidden = decoder(z, z, x, [None, None])
+    xhat = decoder.output(hidden)
     assert xhat.shape == x.shape and xhat.dtype == dtype and nll.dtype == torch.float32
     torch.testing.assert_close(nll, -Normal(xhat.float(), 1 + 1e-5).log_prob(x.float()).sum(-1))
 
