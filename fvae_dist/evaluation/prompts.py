@@ -3,9 +3,9 @@
 clean: what this project's data format `alpaca` trains on (`fvae_dist.training.sources.alpaca_prompt`).
 published: the evaluation prompt of LLM-Adapters (AGI-Edgerunners, `commonsense_evaluate.py`), as the LoRA papers use.
     There every line after the first is indented by 16 spaces, the prompt ends in such an indent, and the record's
-    `input` is never shown. Its training prompt differs again (two spaces after the first line instead of one, indented
-    empty lines): adapters trained with that code have never seen this exact prompt, and the published numbers
-    were made like that.
+    `input` is never shown. Its training prompt differs again (`published_prompt` of fvae_dist.training.sources: a
+    comment at the end of the first line, indented empty lines): adapters trained with that code have never seen this
+    exact prompt, and the published numbers were made like that.
 """
 
 from __future__ import annotations

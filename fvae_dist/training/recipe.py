@@ -125,6 +125,9 @@ class SourceSection(Section):
         "role/content; text: one text per record (a .txt file: one document per blank-line separated block); "
         "classification: text/label (text or integer), for model.task classification.",
     )
+    template: Literal["clean", "published"] = Field(
+        "clean", description="Prompt of format alpaca; published: as LLM-Adapters trains, white space and all."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Maps the format's column names to the file's, e.g. {output: answer}."
     )
@@ -135,6 +138,8 @@ class SourceSection(Section):
     def _one_origin(self):
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
+        if self.template != "clean" and self.format != "alpaca":
+            raise ValueError(f"template: {self.template} is a prompt of format alpaca, not of {self.format}")
         return self
 
 

@@ -36,6 +36,10 @@ _ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+# Of LLM-Adapters (AGI-Edgerunners, `finetune.py`), whose lines stand as far in as in that file; the comment is one that
+# stands inside the string there, and so in what models are trained on.
+_PUBLISHED_INDENT = "\n" + " " * 16
+_PUBLISHED_COMMENT = "  # noqa: E501\n"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     template = _ALPACA_WITH_INPUT.replace("{input}", input) if input else _ALPACA_WITHOUT_INPUT
     head, tail = template.split("{instruction}", 1)
     return head + instruction + tail
+
+
+def published_prompt(instruction: str, input: str = "") -> str:
+    """The training prompt of LLM-Adapters, as the LoRA papers use it, up to where the answer begins."""
+    head, _, _ = (_ALPACA_WITH_INPUT if input else _ALPACA_WITHOUT_INPUT).partition("\n")
+    parts = {"Instruction": instruction} | ({"Input": input} if input else {}) | {"Response": ""}
+    blocks = (f"### {name}:{_PUBLISHED_INDENT}{text}" for name, text in parts.items())
+    return head + _PUBLISHED_COMMENT + _PUBLISHED_INDENT + (2 * _PUBLISHED_INDENT).join(blocks)
 
 
 def source_name(source: SourceSection) -> str:
@@ -172,7 +184,8 @@ def _check_row(row: Any, source: SourceSection, number: int) -> Record:
     # `input` is the one optional column, but one that the recipe maps must be there.
     if "input" in source.columns or row.get("input") is not None:
         context = _text(row, "input", source, where, may_be_empty=True)
-    prompt = alpaca_prompt(_text(row, "instruction", source, where), context)
+    render = published_prompt if source.template == "published" else alpaca_prompt
+    prompt = render(_text(row, "instruction", source, where), context)
     return Record(number, prompt=prompt, completion=_text(row, "output", source, where))
 
 

@@ -9,7 +9,14 @@ import pytest
 
 from fvae_dist.training import sources
 from fvae_dist.training.recipe import RecipeError, SourceSection
-from fvae_dist.training.sources import alpaca_prompt, check_source, fingerprint_source, place, read_records
+from fvae_dist.training.sources import (
+    alpaca_prompt,
+    check_source,
+    fingerprint_source,
+    place,
+    published_prompt,
+    read_records,
+)
 
 ROWS = [
     {"instruction": "Add {input}", "input": "1 and 2", "output": "3"},
@@ -46,6 +53,26 @@ def test_read_records_gives_the_same_from_every_file_type(tmp_path, extension):
     assert [record.prompt for record in records] == [alpaca_prompt("Add {input}", "1 and 2"), alpaca_prompt("Grüße")]
     assert [record.completion for record in records] == ["3", "hallo\nwelt"]
     assert [record.number for record in records] == ([2, 7] if extension == ".json" else [1, 2])
+
+
+def test_published_prompt_is_that_of_the_papers_code():
+    """Character by character as AGI-Edgerunners/LLM-Adapters, finetune.py, makes it."""
+    pad = " " * 16
+    head = "Below is an instruction that describes a task"
+    ask = "Write a response that appropriately completes the request.  # noqa: E501"
+    alone = [f"{head}. {ask}", "", f"{pad}### Instruction:", f"{pad}Do {{it}}.", pad, f"{pad}### Response:", pad]
+    assert published_prompt("Do {it}.") == "\n".join(alone)
+    context = f"{head}, paired with an input that provides further context. {ask}"
+    with_input = [context, *alone[1:5], f"{pad}### Input:", f"{pad}a\nb", pad, *alone[5:]]
+    assert published_prompt("Do {it}.", "a\nb") == "\n".join(with_input)
+
+
+def test_template_of_a_source(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"instruction": "q", "output": "a"}])
+    (record,) = read(path, template="published")
+    assert (record.prompt, record.completion) == (published_prompt("q"), "a")
+    with pytest.raises(ValueError, match="template: published is a prompt of format alpaca, not of text"):
+        SourceSection(path=str(path), format="text", template="published")
 
 
 def test_alpaca_prompt_is_the_standard_one():
