@@ -34,6 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from fvae_dist import FVAETrainerMixin
+from fvae_dist.adapter import linears
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
@@ -331,9 +332,14 @@ def one_step(folder: Path, layout: str, **overrides: Any) -> dict[str, Any]:
 
 
 def tiled(folder: Path, layout: str) -> dict[str, Any]:
-    """MLPs over tiles of 16 tokens, their sharded weights gathered once for all tiles of a row."""
+    """MLPs over tiles of 16 tokens, their sharded weights gathered once for all tiles of a row; adapters by 5 tokens."""
     of_layout = layouts.settings(layout)["trainer_arguments"]
-    return one_step(folder, layout, trainer_arguments=of_layout | {"tiled_mlp": True})
+    elements = linears.ELEMENTS
+    linears.ELEMENTS = 5 * 16  # of as many features
+    try:
+        return one_step(folder, layout, trainer_arguments=of_layout | {"tiled_mlp": True})
+    finally:
+        linears.ELEMENTS = elements
 
 
 def whole_run(folder: Path) -> dict[str, Any]:
