@@ -332,7 +332,7 @@ def one_step(folder: Path, layout: str, **overrides: Any) -> dict[str, Any]:
 
 
 def tiled(folder: Path, layout: str) -> dict[str, Any]:
-    """MLPs over tiles of 16 tokens, their sharded weights gathered once for all tiles of a row; adapters by 5 tokens."""
+    """MLPs over tiles of 16 tokens, their sharded weights gathered once for a row; adapters by 5 tokens."""
     of_layout = layouts.settings(layout)["trainer_arguments"]
     elements = linears.ELEMENTS
     linears.ELEMENTS = 5 * 16  # of as many features
