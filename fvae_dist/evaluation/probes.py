@@ -164,8 +164,8 @@ def probe_latents(
             of_latent[target] = estimate(found.numpy(), seed=seed)
     over_layers = {key: torch.stack(values).mean(0) for key, values in correct.items()}
     mean: dict[str, Any] = {}
-    for (pooling, latent, target), values in over_layers.items():
-        mean.setdefault(pooling, {}).setdefault(latent, {})[target] = estimate(values.numpy(), seed=seed)
+    for (pooling, latent, target), found in over_layers.items():
+        mean.setdefault(pooling, {}).setdefault(latent, {})[target] = estimate(found.numpy(), seed=seed)
     difference = {
         pooling: {
             name: estimate((over_layers[pooling, ours, t] - over_layers[pooling, theirs, t]).numpy(), seed=seed)
