@@ -206,7 +206,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--untrained", action="store_true", help="a new adapter of the same settings instead")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     parser.add_argument("--template", choices=TEMPLATES, default="clean", help="of prompts (default: clean)")
-    parser.add_argument("--max-length", type=int, default=512, metavar="T", help="tokens of a text (default: 512)")
+    parser.add_argument(
+        "--max-length", type=int, default=512, metavar="T", help="tokens of a text, as in training (default: 512)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: 16")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     parser.add_argument("--test-share", type=float, default=0.3, metavar="P", help="texts for the test (default: 0.3)")
