@@ -8,7 +8,7 @@ tokens of a record, as training does. Each length gets as many records as the ot
 record begins at a word of the filler drawn anew.
 
 `--bare` leaves out instruction and question, so that a record can have 40 tokens where it needs 150 with them: from
-such records a model with random weights learns to copy numbers (launch/recipes/needle_base.yaml).
+such records a model with random weights learns to copy numbers (launch/recipes/needle_copy.yaml).
 """
 
 from __future__ import annotations

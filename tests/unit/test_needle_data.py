@@ -78,13 +78,14 @@ def test_bare_records_are_the_text_and_its_number():
         assert row["num_tokens"] == len(row["prompt"] + row["completion"]) + 2 <= row["length"]  # <s>, </s>
 
 
-def test_shipped_recipes_fit_their_model():
-    """The adapter goes onto what the first recipe saves; rows have positions, and two devices heads to share."""
-    base, adapted = (load_recipe(RECIPES / f"needle_{name}.yaml") for name in ("base", "2k"))
+def test_shipped_recipes_fit_each_other():
+    """Each goes on from what the one before saves; rows have positions, and two devices heads to share."""
+    copy, base, adapted = (load_recipe(RECIPES / f"needle_{name}.yaml") for name in ("copy", "base", "2k"))
+    assert base.model.name_or_path == f"{copy.training.output_dir}/model"
     assert adapted.model.name_or_path == f"{base.training.output_dir}/model"
-    config = AutoConfig.from_pretrained(RECIPES.parents[1] / base.model.name_or_path)
+    config = AutoConfig.from_pretrained(RECIPES.parents[1] / copy.model.name_or_path)
     assert config.vocab_size == 1536  # of the tokenizer that launch/quickstart.py makes
-    assert config.max_position_embeddings >= max(base.data.max_length, adapted.data.max_length)
+    assert config.max_position_embeddings >= adapted.data.max_length
     assert config.num_key_value_heads % adapted.training.sequence_parallel == 0
 
 
