@@ -85,9 +85,15 @@ def filler_words(path: Path | None, option: str) -> list[str]:
 
 def needle_prompt(words: list[str], num_words: int, depth: float, number: str, template: str, start: int = 0) -> str:
     """The prompt that asks for `number`, hidden at `depth` (0 to 1) of `num_words` of the filler, from word `start`."""
+    text = hide_number(words, num_words, depth, number, start)
+    return render_prompt(template, f"{text}\n\n{_QUESTION}")
+
+
+def hide_number(words: list[str], num_words: int, depth: float, number: str, start: int = 0) -> str:
+    """The text that `needle_prompt` asks about."""
     text = [words[(start + i) % len(words)] for i in range(num_words)]
     text.insert(round(depth * num_words), f"{_NEEDLE} {number}.")
-    return render_prompt(template, f"{' '.join(text)}\n\n{_QUESTION}")
+    return " ".join(text)
 
 
 def _fitting_words(words: list[str], length: int, tokenizer: Any, template: str) -> int:

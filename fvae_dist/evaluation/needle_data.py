@@ -6,6 +6,9 @@ Prompts are those of the suite; the numbers are never its numbers (`needle.draw_
 are of format prompt_completion, so that the loss falls on the number and the end of text alone. Length counts all
 tokens of a record, as training does. Each length gets as many records as the others, and so does each depth; every
 record begins at a word of the filler drawn anew.
+
+`--bare` leaves out instruction and question, so that a record can have 40 tokens where it needs 150 with them: from
+such records a model with random weights learns to copy numbers (launch/recipes/needle_copy.yaml).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fvae_dist.evaluation.needle import DEPTHS, LONGEST_NUMBER, draw_number, filler_words, needle_prompt
+from fvae_dist.evaluation.needle import DEPTHS, LONGEST_NUMBER, draw_number, filler_words, hide_number, needle_prompt
 from fvae_dist.evaluation.prompts import TEMPLATES
 from fvae_dist.training.modeling import load_tokenizer
 from fvae_dist.training.recipe import ModelSection, RecipeError
@@ -39,6 +42,7 @@ def needle_records(
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
     template: str = "clean",
+    bare: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Records of prompt, completion, depth, length and num_tokens. Deterministic in the arguments.
 
@@ -46,6 +50,7 @@ def needle_records(
         words: the filler, see `needle.filler_words`.
         lengths: the most tokens of a record, prompt, answer and end of text; less than a word's tokens stay unused.
         depths: where in the text the number stands, 0 to 1.
+        bare: the prompt is the text and a line break, whatever the template.
 
     Raises:
         ValueError: no records, lengths or depths; a depth out of range, or a length with no room for the question.
@@ -55,7 +60,8 @@ def needle_records(
     if not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths must lie in [0, 1], got {' '.join(map(str, depths))}")
 
-    question = partial(needle_prompt, words, depth=0.5, number=LONGEST_NUMBER, template=template)
+    make_prompt = _bare_prompt if bare else partial(needle_prompt, template=template)
+    question = partial(make_prompt, words, depth=0.5, number=LONGEST_NUMBER)
     smallest = _count(tokenizer, question, LONGEST_NUMBER, 0)
     generator = np.random.default_rng(seed)
     filler = " ".join(words)
@@ -66,7 +72,7 @@ def needle_records(
         while number in filler:
             number = draw_number(generator, "training")
         start = int(generator.integers(len(words)))
-        render = partial(needle_prompt, words, depth=depth, number=number, template=template, start=start)
+        render = partial(make_prompt, words, depth=depth, number=number, start=start)
         measure = partial(_count, tokenizer, render, number)
         num_words = _fit(measure, max(round((length - smallest) / tokens_per_word), 0), length, smallest)
         count = measure(num_words)
@@ -74,6 +80,10 @@ def needle_records(
             raise ValueError(f"a length of {length} tokens has no room: question and answer alone take {smallest}")
         tokens_per_word = max(count - smallest, 1) / num_words
         yield {"prompt": render(num_words), "completion": number, "depth": depth, "length": length, "num_tokens": count}
+
+
+def _bare_prompt(words: list[str], num_words: int, depth: float, number: str, start: int = 0) -> str:
+    return hide_number(words, num_words, depth, number, start) + "\n"
 
 
 def _count(tokenizer: Any, render: Callable[[int], str], number: str, num_words: int) -> int:
@@ -110,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--filler", metavar="FILE", help="text to hide numbers in; default: the suite's sentences")
     parser.add_argument("--template", choices=TEMPLATES, default="clean", help="prompt (default: clean)")
+    parser.add_argument("--bare", action="store_true", help="the text alone, without instruction and question")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     args = parser.parse_args(argv)
     try:
@@ -118,7 +129,14 @@ def main(argv: list[str] | None = None) -> int:
         words = filler_words(Path(args.filler) if args.filler else None, "--filler")
         tokenizer = load_tokenizer(ModelSection(name_or_path=args.tokenizer))
         records = needle_records(
-            tokenizer, words, args.num_records, args.length, depths=args.depth, seed=args.seed, template=args.template
+            tokenizer,
+            words,
+            args.num_records,
+            args.length,
+            depths=args.depth,
+            seed=args.seed,
+            template=args.template,
+            bare=args.bare,
         )
         longest = _write(Path(args.out), records)
     except (RecipeError, ValueError, OSError) as error:

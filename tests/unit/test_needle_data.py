@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from fvae_dist.evaluation.needle import (
     DEPTHS,
@@ -18,10 +20,12 @@ from fvae_dist.evaluation.needle_data import main, needle_records
 from fvae_dist.evaluation.tasks import Options
 from fvae_dist.training.data import prepare_data
 from fvae_dist.training.recipe import DataSection
+from fvae_dist.training.recipe_file import load_recipe
 from fvae_dist.training.tokenization import IGNORED
 from tests.recipes import byte_tokenizer, make_model_folder
 
 WORDS = filler_words(None, "--filler")
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 UNEVEN = ["a"] * 300 + ["incomprehensibilities"] * 40  # a rate of tokens that changes within a text
 LENGTHS = (500, 1200, 3000)
 
@@ -62,6 +66,27 @@ def test_needle_stands_once_at_its_depth():
         text = row["prompt"].split("### Instruction:\n")[1].split("\n\nWhat is the secret number")[0]
         before, after = (len(part.split()) for part in text.split(needle))
         assert before == round(row["depth"] * (before + after))
+
+
+def test_bare_records_are_the_text_and_its_number():
+    for row in records(12, (48, 90), bare=True):
+        text, end = row["prompt"][:-1], row["prompt"][-1:]
+        needle = f"The secret number is {row['completion']}."
+        assert end == "\n" and text.count(needle) == 1
+        before, after = (part.split() for part in text.split(needle))
+        assert set(before + after) <= set(WORDS) and len(before) == round(row["depth"] * len(before + after))
+        assert row["num_tokens"] == len(row["prompt"] + row["completion"]) + 2 <= row["length"]  # <s>, </s>
+
+
+def test_shipped_recipes_fit_each_other():
+    """Each goes on from what the one before saves; rows have positions, and two devices heads to share."""
+    copy, base, adapted = (load_recipe(RECIPES / f"needle_{name}.yaml") for name in ("copy", "base", "2k"))
+    assert base.model.name_or_path == f"{copy.training.output_dir}/model"
+    assert adapted.model.name_or_path == f"{base.training.output_dir}/model"
+    config = AutoConfig.from_pretrained(RECIPES.parents[1] / copy.model.name_or_path)
+    assert config.vocab_size == 1536  # of the tokenizer that launch/quickstart.py makes
+    assert config.max_position_embeddings >= adapted.data.max_length
+    assert config.num_key_value_heads % adapted.training.sequence_parallel == 0
 
 
 def test_prompts_are_those_of_the_suite():
