@@ -169,17 +169,19 @@ def test_help_recipe_needs_no_recipe(capsys):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_goes_through_the_command(path, tmp_path, monkeypatch, capsys):
     """The recipe as it stands, with a tiny model and data of its format in the place of those it names."""
-    record = {
-        "alpaca": RECORDS[0],
-        "prompt_completion": {"prompt": "a", "completion": "b"},
-        "text": {"text": "some words"},
-        "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    records = {
+        "alpaca": [RECORDS[0]],
+        "prompt_completion": [{"prompt": "a", "completion": "b"}],
+        "text": [{"text": "some words"}],
+        "messages": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+        "classification": [{"text": "some words", "label": label} for label in "ab"],
     }[yaml.safe_load(path.read_text())["data"]["train"][0]["format"]]
     base = make_model_folder(tmp_path / "base", num_attention_heads=8)  # eight devices may share rows
-    data = write_records(tmp_path / "data.jsonl", [record] * 3)
+    data = write_records(tmp_path / "data.jsonl", [{**record, "group": "one"} for record in records] * 3)
     template = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
     settings = {
         "model.name_or_path": base,
+        "model.tokenizer": base,
         "model.attention": "auto",
         "data.train.0.path": data,
         "data.eval": "[]",

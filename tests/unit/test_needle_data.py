@@ -80,13 +80,13 @@ def test_bare_records_are_the_text_and_its_number():
 
 def test_shipped_recipes_fit_each_other():
     """Each goes on from what the one before saves; rows have positions, and two devices heads to share."""
-    copy, base, adapted = (load_recipe(RECIPES / f"needle_{name}.yaml") for name in ("copy", "base", "2k"))
+    copy, base, long = (load_recipe(RECIPES / f"needle_{name}.yaml") for name in ("copy", "base", "2k"))
     assert base.model.name_or_path == f"{copy.training.output_dir}/model"
-    assert adapted.model.name_or_path == f"{base.training.output_dir}/model"
+    assert long.model.name_or_path == f"{base.training.output_dir}/model"
     config = AutoConfig.from_pretrained(RECIPES.parents[1] / copy.model.name_or_path)
     assert config.vocab_size == 1536  # of the tokenizer that launch/quickstart.py makes
-    assert config.max_position_embeddings >= adapted.data.max_length
-    assert config.num_key_value_heads % adapted.training.sequence_parallel == 0
+    assert config.max_position_embeddings >= long.data.max_length
+    assert config.num_key_value_heads % long.training.sequence_parallel == 0
 
 
 def test_prompts_are_those_of_the_suite():
