@@ -65,8 +65,9 @@ class _WideProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight.to(x.dtype))
         output = x.new_empty(len(x), len(weight), dtype=torch.float32)
-        for part, rows in zip(output.split(rows_at_a_time(x.shape[-1])), x.split(rows_at_a_time(x.shape[-1]))):
-            torch.mm(rows.float(), weight.t(), out=part)
+        rows = rows_at_a_time(x.shape[-1])
+        for part, xs in zip(output.split(rows), x.split(rows)):
+            torch.mm(xs.float(), weight.t(), out=part)
         return output
 
     @staticmethod

@@ -147,7 +147,7 @@ def _candidates(recipe: Recipe, deepspeed: dict[str, Any] | None) -> Iterator[tu
     """The fastest first. Recomputation costs half as much again of a step's arithmetic, more than gathers do."""
     recomputes: list[Recompute] = ["none", "selective", "full"]
     if recipe.training.recompute == "auto" and recipe.training.activation_offload:
-        recomputes = ["full"]  # anything less fits the device, and fills the host's memory instead
+        recomputes = ["full"]  # none would fill the host's memory; selective beside it has not run on a GPU yet
     for recompute in recomputes:
         if recipe.training.recompute in ("auto", recompute):
             yield from ((recompute, resident) for resident in _residencies(recipe, deepspeed))
