@@ -20,8 +20,9 @@ from fvae_dist.plan_command import own_fit, write_file
 from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
 from fvae_dist.planning.planner import Load, Option, plan_choice
 from fvae_dist.planning.report import option_json
+from fvae_dist.planning.subject import Subject
 from fvae_dist.training.modeling import load_config
-from fvae_dist.training.planned import make_choice, own_config, subject_of
+from fvae_dist.training.planned import make_choice, own_config, part_length, subject_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
@@ -103,7 +104,7 @@ def _compare(setting: Setting, cluster: Cluster, folder: Path, changes: list[str
     folder.mkdir()
     path = write_inputs(setting, cluster.world_size, folder)
     recipe = load_recipe(path, changes)
-    planned = _plan(recipe, cluster)
+    planned = plan_run(recipe, subject_of(recipe, load_config(recipe.model)), cluster)
     problem = run_to_end(train_command(path, cluster.world_size, changes), folder / "log")
     if problem:
         print((folder / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
@@ -113,13 +114,12 @@ def _compare(setting: Setting, cluster: Cluster, folder: Path, changes: list[str
     return Comparison(setting, cluster, planned, max(logs.peaks), seconds)
 
 
-def _plan(recipe: Recipe, cluster: Cluster) -> Option:
-    """The plan of a recipe as it stands."""
-    subject = subject_of(recipe, load_config(recipe.model))
+def plan_run(recipe: Recipe, subject: Subject, cluster: Cluster) -> Option:
+    """The plan of a recipe as it stands, every row as long as may be."""
     name, fit = own_config(recipe), own_fit(recipe, subject, cluster)
     choice = make_choice(recipe, subject, name, fit.recompute, fit.resident, cluster.world_size, cluster.gpus_per_node)
-    training = recipe.training
-    load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, recipe.data.max_length)
+    training, length = recipe.training, part_length(recipe, recipe.data.max_length)
+    load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, length)
     return plan_choice(subject, choice, cluster, load)
 
 

@@ -17,8 +17,6 @@ from fvae_dist.planning.subject import LayerTraces, Subject
 
 # TRL 1.16, kernels/chunked_logprob.py and trainer/utils.py: logits are made in tiles of so many tokens and words.
 _LOSS_TOKENS, _LOSS_WORDS = 4096, 32768
-# Its models/activation_offloading.py keeps so many tensors until their copies are in host memory.
-_STASHED_TENSORS = 5
 
 
 @dataclass(frozen=True)
@@ -68,25 +66,18 @@ class MemoryEstimate:
 PARTS = tuple(field.name.removesuffix("_gib") for field in fields(MemoryEstimate) if field.name != "moment")
 
 
-def estimate_memory(subject: Subject, choice: Choice, world_size: int, *, on_cpu: bool = False) -> MemoryEstimate:
-    """The estimate for one device of `world_size`.
-
-    Args:
-        on_cpu: plain torch in the place of the loss's Triton kernels.
-    """
-    moments = estimate_moments(subject, choice, world_size, on_cpu=on_cpu)
-    return max(moments, key=lambda estimate: estimate.total_gib)
+def estimate_memory(subject: Subject, choice: Choice, world_size: int) -> MemoryEstimate:
+    """The estimate for one device of `world_size`."""
+    return max(estimate_moments(subject, choice, world_size), key=lambda estimate: estimate.total_gib)
 
 
-def estimate_moments(
-    subject: Subject, choice: Choice, world_size: int, *, on_cpu: bool = False
-) -> list[MemoryEstimate]:
+def estimate_moments(subject: Subject, choice: Choice, world_size: int) -> list[MemoryEstimate]:
     """The three moments that can be the peak: a layer's backward pass, the loss, the optimizer's step."""
     always = _always(subject, choice, world_size)
     estimates = []
     for moment, parts in (
         ("a layer's backward pass", _in_backward(subject, choice, world_size)),
-        ("the loss", _in_loss(subject, choice, world_size, on_cpu)),
+        ("the loss", _in_loss(subject, choice, world_size)),
         ("the optimizer's step", _in_step(subject, choice, world_size)),
     ):
         sizes = {f"{name}_gib": (always | parts)[name] / GIB for name in PARTS}
@@ -121,13 +112,13 @@ def _always(subject: Subject, choice: Choice, world_size: int) -> dict[str, floa
 
 
 def _checkpoint_bytes(subject: Subject, choice: Choice) -> float:
-    """What recomputation starts from, on the device: of all layers, or of those whose inputs are not offloaded yet.
+    """What recomputation starts from, on the device: of all layers, or of the one that is at work.
 
-    What selective recomputation keeps of attention is in torch's own store, past the hooks that offload.
+    TRL's offload (1.16, models/activation_offloading.py) brings one input back at a time, and has let go of the five
+    that wait for their copies in the forward pass before the peak in the backward pass. What selective recomputation keeps of attention is in torch's own store, past the hooks that offload.
     """
-    num_inputs = num_layers = subject.num_layers
-    if subject.settings.activation_offload:
-        num_inputs = min(num_layers, _STASHED_TENSORS)
+    num_layers = subject.num_layers
+    num_inputs = 1 if subject.settings.activation_offload else num_layers
     attention = subject.traces(choice.gathers).whole.attention_bytes if choice.recompute == "selective" else 0
     return _input_bytes(subject, choice) * num_inputs + attention * num_layers
 
@@ -233,13 +224,13 @@ def _saved_by_all(subject: Subject, choice: Choice, traces: LayerTraces, which: 
     return adapted * getattr(traces, which).saved_bytes + (num_layers - adapted) * traces.bare.saved_bytes
 
 
-def _in_loss(subject: Subject, choice: Choice, world_size: int, on_cpu: bool) -> dict[str, float]:
+def _in_loss(subject: Subject, choice: Choice, world_size: int) -> dict[str, float]:
     settings = subject.settings
     width = settings.bytes_per_weight
     traces = subject.traces(choice.gathers)
     hidden = settings.num_tokens * subject.hidden
     tokens = min(settings.num_tokens, _LOSS_TOKENS)
-    if on_cpu:  # as much of the tile as is written to, and five fp32 copies of it
+    if settings.on_cpu:  # no Triton kernels: as much of the tile as is written to, and five fp32 copies of it
         tile = tokens * min(subject.vocabulary, _LOSS_WORDS) * (width + 20)
     else:
         tile = tokens * _LOSS_WORDS * width

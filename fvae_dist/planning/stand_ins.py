@@ -4,7 +4,10 @@ Flash attention, DeepSpeed's linear and Liger's layers are CUDA or hooked code t
 they save for the backward pass, and the buffers they work in, was read in their sources:
 
 * flash-attn 2.8.3, csrc/flash_attn/flash_api.cpp: out and a log-sum-exp are kept; the backward accumulates dq in fp32,
-  and with fewer key than query heads writes dk and dv for every query head first.
+  and with fewer key than query heads writes dk and dv for every query head first. cuDNN's, which SDPA takes on Hopper,
+  writes dk and dv twice instead: `benchmark.py attention` measures 3,088 MiB at T = 65,536 (H200, 2026-11-28), of which
+  out, its gradient, dq, dk, dv and dq in fp32 make 2,816.
+* CUDA's dropout keeps a mask of booleans, the CPU's one of the input's dtype.
 * deepspeed 0.19.8, runtime/zero/linear.py: the input of every linear is kept, frozen or not.
 * fvae_dist.kernels: the functions themselves, but each launch only counts the bytes of its tensors.
 * liger-kernel 0.8.5, ops/rms_norm.py and ops/swiglu.py: the norm keeps its input and one fp32 a row, the gated unit its
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -28,19 +32,35 @@ from fvae_dist.kernels import launching
 from fvae_dist.kernels.fused_vae import size_problem
 
 ATTENTION = "fvae_planner"
-# Set while a trace runs: told of each attention call, and whether attention keeps its working memory.
+# Set while a trace runs: told of each attention call, whether attention keeps its working memory, and whose.
 _listener: Callable[[float, int], None] | None = None
 _with_working_memory = True
+_expands_heads = True
 # Told of the bytes that a launch of the fused kernels moves.
 _on_launch: Callable[[int], None] | None = None
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Which of several ways to compute the same takes its memory.
+
+    Attributes:
+        fused_adapters: whether the fused kernels compute the VAEs that they can.
+        attention: flash_attention_2 or sdpa.
+        on_cpu: whether dropout is the CPU's.
+    """
+
+    fused_adapters: bool = False
+    attention: str = "flash_attention_2"
+    on_cpu: bool = False
+
+
 @contextmanager
 def on_meta(
+    kernels: Kernels,
     *,
     keeps_linear_inputs: bool,
     attention_memory: bool,
-    fused_adapters: bool,
     on_attention: Callable[[float, int], None],
     on_launch: Callable[[int], None],
 ) -> Iterator[None]:
@@ -49,26 +69,28 @@ def on_meta(
     Args:
         keeps_linear_inputs: as ZeRO-3's linear does.
         attention_memory: whether attention keeps anything beside its output (else it is memory for nothing).
-        fused_adapters: whether the fused kernels compute the VAEs that they can.
         on_launch: receives the bytes of the tensors of every launch of theirs.
         on_attention: receives the FLOPs of every forward and backward attention call, and the bytes that a forward
             leaves behind (output and log-sum-exp; 0 for a backward).
     """
-    global _listener, _with_working_memory, _on_launch
+    global _listener, _with_working_memory, _expands_heads, _on_launch
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_interface)
     with ExitStack() as stack:
         # The meta device has no autocast; adapters ask for it by the device of their input.
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: False))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
-        stack.enter_context(patch.object(FactorizedVAE, "is_fused", _is_fused if fused_adapters else _is_not_fused))
+        stack.enter_context(patch.object(FactorizedVAE, "is_fused", _is_fused if kernels.fused_adapters else _is_not_fused))
         stack.enter_context(patch.object(launching, "Launch", _Launch))
         if keeps_linear_inputs:
             stack.enter_context(patch.object(F, "linear", _zero3_linear))
+        if not kernels.on_cpu:
+            stack.enter_context(patch.object(F, "dropout", _cuda_dropout))
         _listener, _with_working_memory, _on_launch = on_attention, attention_memory, on_launch
+        _expands_heads = kernels.attention == "flash_attention_2"
         try:
             yield
         finally:
-            _listener, _with_working_memory, _on_launch = None, True, None
+            _listener, _with_working_memory, _expands_heads, _on_launch = None, True, True, None
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -100,7 +122,8 @@ class _Attention(torch.autograd.Function):
         if ctx.keeps:
             working.append(grad.new_empty(query, dtype=torch.float32))
             if key[1] != query[1]:
-                working += [grad.new_empty((*query[:3], shape[-1])) for shape in ctx.shapes[1:]]
+                heads = query[1] if _expands_heads else key[1]
+                working += [grad.new_empty((shape[0], heads, *shape[2:])) for shape in ctx.shapes[1:]]
         return tuple(grad.new_empty(shape) for shape in ctx.shapes)
 
 
@@ -129,6 +152,13 @@ class _Launch:
     def __call__(self, stream: None, *arguments: Any, kind: Any = None) -> None:
         if _on_launch is not None:
             _on_launch(sum(one.numel() * one.itemsize for one in arguments if isinstance(one, Tensor)))
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
+
+
+def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
 # -------------------------------------------------------------------------------------------------------------- linear

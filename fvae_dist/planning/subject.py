@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fvae_dist.planning.hardware import PlanError
-from fvae_dist.planning.stand_ins import fuse_layers
+from fvae_dist.planning.stand_ins import Kernels, fuse_layers
 from fvae_dist.planning.trace import LayerTrace, base_of, find_layers, trace_layer
 
 Attach = Callable[[nn.Module], nn.Module]
@@ -27,6 +27,7 @@ class Settings:
         sequence_parallel: GPUs that share each sequence; in attention each has some heads of the whole.
         attention: flash_attention_2, sdpa or eager.
         liger: whether Liger's layers are used.
+        on_cpu: whether the run has no GPU, whose kernels keep less.
         fused_adapters: whether the fused kernels compute the adapters' VAEs that they can.
         activation_offload: whether what the backward pass needs is in host memory meanwhile.
         trust_remote_code: for models that bring their own code.
@@ -37,6 +38,7 @@ class Settings:
     length: int
     attention: str = "flash_attention_2"
     liger: bool = False
+    on_cpu: bool = False
     fused_adapters: bool = False
     sequence_parallel: int = 1
     activation_offload: bool = False
@@ -112,8 +114,8 @@ class Subject:
         bare, adapted, index = self._models
 
         def trace(model: nn.Module, **options: bool) -> LayerTrace:
-            fused = self.settings.fused_adapters
-            return _trace(model, index, shape, zero3=zero3, fused_adapters=fused, **options)
+            kernels = Kernels(self.settings.fused_adapters, self.settings.attention, self.settings.on_cpu)
+            return _trace(model, index, shape, kernels, zero3=zero3, **options)
 
         if self.settings.attention != "eager":
             try:
@@ -194,10 +196,10 @@ def _build(config: PretrainedConfig, settings: Settings) -> nn.Module:
     return model.train()
 
 
-def _trace(model: nn.Module, index: int, shape: tuple[int, int], **options: bool) -> LayerTrace:
+def _trace(model: nn.Module, index: int, shape: tuple[int, int], kernels: Kernels, **options: bool) -> LayerTrace:
     base = base_of(model)
     holder, name = find_layers(base, base.config.get_text_config().num_hidden_layers)
-    return trace_layer(model, getattr(holder, name)[index], shape, **options)  # type: ignore[arg-type]
+    return trace_layer(model, getattr(holder, name)[index], shape, kernels, **options)  # type: ignore[arg-type]
 
 
 def _numel(module: nn.Module) -> int:

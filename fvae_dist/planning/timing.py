@@ -131,6 +131,7 @@ def _host(subject: Subject, choice: Choice, traces: LayerTraces) -> float:
         modules = subject.num_layers * subject.modules_per_layer * constant("zero3_host_ms_per_module")
         tensors = len(subject.trainable_sizes) * constant("zero3_host_ms_per_adapter_tensor")
         return 1e-3 * choice.passes * (modules + tensors)
+    tensors = len(subject.trainable_sizes) if choice.stage in (1, 2) else 0
     kernels = 0
     for trace, count in (
         (traces.whole, subject.adapted_layers),
@@ -138,4 +139,5 @@ def _host(subject: Subject, choice: Choice, traces: LayerTraces) -> float:
     ):
         again = choice.recompute != "none"
         kernels += count * (trace.forward.num_kernels * (1 + again) + trace.backward.num_kernels)
-    return 1e-6 * constant("host_us_per_kernel") * kernels
+    launches = 1e-6 * constant("host_us_per_kernel") * kernels
+    return launches + 1e-3 * constant("zero2_host_ms_per_adapter_tensor") * tensors

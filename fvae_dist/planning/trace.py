@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fvae_dist.adapter import side_loss
 from fvae_dist.adapter.noise import TokenNoise
-from fvae_dist.planning.stand_ins import ATTENTION, on_meta
+from fvae_dist.planning.stand_ins import ATTENTION, Kernels, on_meta
 
 
 class Kernel(NamedTuple):
@@ -149,9 +149,9 @@ def trace_layer(
     model: nn.Module,
     layer: nn.Module,
     shape: tuple[int, int],
+    kernels: Kernels = Kernels(),
     *,
     zero3: bool,
-    fused_adapters: bool = False,
     eager_attention: bool = False,
     attention_memory: bool = True,
 ) -> LayerTrace:
@@ -162,14 +162,14 @@ def trace_layer(
         layer: one of its decoder layers.
         shape: sequences and tokens of each in a micro-batch.
         zero3: linears keep their inputs, as DeepSpeed's do at stage 3.
-        fused_adapters: the fused kernels compute the VAEs that they can.
+        kernels: whose memory the stand-ins take.
         eager_attention: run the model's plain attention, with its T^2 scores, instead of flash attention's stand-in.
         attention_memory: False leaves out what the stand-in keeps and works in.
 
     Raises:
         Exception: of any kind, from a model that the meta device cannot run.
     """
-    run = _Run(model, layer, shape, zero3, fused_adapters, eager_attention, attention_memory)
+    run = _Run(model, layer, shape, kernels, zero3, eager_attention, attention_memory)
     once, twice = run(1), run(2)
     return LayerTrace(
         input_bytes=once.input_bytes,
@@ -202,15 +202,15 @@ class _Run:
         model: nn.Module,
         layer: nn.Module,
         shape: tuple[int, int],
+        kernels: Kernels,
         zero3: bool,
-        fused_adapters: bool,
         eager_attention: bool,
         attention_memory: bool,
     ):
         base = base_of(model)
         self.model, self.backbone, self.layer, self.shape = model, base.base_model, layer, shape
         self.holder, self.name = find_layers(base, base.config.get_text_config().num_hidden_layers)
-        self.zero3, self.fused = zero3, fused_adapters
+        self.kernels, self.zero3 = kernels, zero3
         self.eager, self.attention_memory = eager_attention, attention_memory
 
     def __call__(self, times: int) -> _Counts:
@@ -224,9 +224,9 @@ class _Run:
         try:
             with (
                 on_meta(
+                    self.kernels,
                     keeps_linear_inputs=self.zero3,
                     attention_memory=self.attention_memory,
-                    fused_adapters=self.fused,
                     on_attention=tracker.add_attention,
                     on_launch=tracker.add_launch,
                 ),

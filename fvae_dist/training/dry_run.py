@@ -106,7 +106,7 @@ def _memory(prepared: Prepared, deepspeed: dict[str, Any] | None, world_size: in
     try:
         subject = subject_of(recipe, prepared.config, prepared.attention, prepared.liger)
         choice = choice_of(recipe, subject, deepspeed, prepared.fit.recompute, prepared.fit.resident)
-        estimate = estimate_memory(subject, choice, world_size, on_cpu=recipe.training.use_cpu is True)
+        estimate = estimate_memory(subject, choice, world_size)
     except PlanError as error:  # training does not need the estimate
         return f"unknown: {error}"
     return memory_table(estimate) + "\n(time, traffic and other choices: python launch/plan.py --help)"

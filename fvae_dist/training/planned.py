@@ -48,6 +48,7 @@ def subject_of(
         activation_offload=training.activation_offload,
         attention=attention or planned_attention(recipe),
         liger=planned_liger(recipe, config) if liger is None else liger,
+        on_cpu=training.use_cpu is True,
         fused_adapters=training.use_cpu is not True and section.dtype == "bfloat16" and is_triton_available(),
         trust_remote_code=section.trust_remote_code,
     )

@@ -251,7 +251,7 @@ def test_memory_is_planned_within_a_tenth(finished, setting):
     subject = subject_of(recipe, load_config(recipe.model), attention="sdpa", liger=False)
     deepspeed, training = load_deepspeed_config(recipe, NUM_RANKS), recipe.training
     choice = choice_of(recipe, subject, deepspeed, training.recompute, training.resident_weights)
-    planned = estimate_memory(subject, choice, NUM_RANKS, on_cpu=True)
+    planned = estimate_memory(subject, choice, NUM_RANKS)
     sizes = {name: GIB * size for name, size in planned.parts.items()}
     base, states = sizes["base_weights"], sizes["adapter_states"]
     # Between the steps: at stage 3 the gradient bucket stays, at stage 2 the rank's share of the gradients goes too.

@@ -132,7 +132,8 @@ def test_memory_of_a_device(monkeypatch):
 
 def test_auto_does_not_fill_the_hosts_memory(tmp_path):
     found = fit(recipe_with(tmp_path, "zero3", activation_offload=True), memory_gib=1000)
-    assert found.recompute == "full" and found.resident
+    assert found.recompute == "selective" and found.resident
+    assert fit(recipe_with(tmp_path, "zero3", activation_offload=True), memory_gib=0.001).recompute == "full"
 
 
 def test_selective_under_zero3_when_asked_for(tmp_path):

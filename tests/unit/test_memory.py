@@ -178,12 +178,12 @@ def test_eager_attention_keeps_its_scores():
     assert estimate(eager).total_gib > estimate(flash).total_gib + 2 * scores
 
 
-def test_offloaded_activations_leave_a_few_inputs():
+def test_offloaded_activations_leave_one_input():
     of = subject("8b", 8192)
     away = replace(of, settings=replace(of.settings, activation_offload=True))
     with_full, with_none = (estimate_memory(away, choice(away, "zero2", kind), 2) for kind in ("full", "none"))
     checkpoints = estimate_memory(of, choice(of, "zero2"), 2).checkpoints_gib
-    assert with_full.checkpoints_gib == pytest.approx(5 / 32 * checkpoints)
+    assert with_full.checkpoints_gib == pytest.approx(checkpoints / 32)
     assert with_none.layer_activations_gib < estimate(of, "zero2", "none").layer_activations_gib / 10
     assert host_memory_gib(away, choice(away, "zero2"), 2, 2) == pytest.approx(2 * checkpoints)
     assert host_memory_gib(of, choice(of, "zero2"), 2, 2) == 0
