@@ -115,7 +115,8 @@ def _checkpoint_bytes(subject: Subject, choice: Choice) -> float:
     """What recomputation starts from, on the device: of all layers, or of the one that is at work.
 
     TRL's offload (1.16, models/activation_offloading.py) brings one input back at a time, and has let go of the five
-    that wait for their copies in the forward pass before the peak in the backward pass. What selective recomputation keeps of attention is in torch's own store, past the hooks that offload.
+    that wait for their copies in the forward pass before the peak in the backward pass. What selective recomputation
+    keeps of attention is in torch's own store, past the hooks that offload.
     """
     num_layers = subject.num_layers
     num_inputs = 1 if subject.settings.activation_offload else num_layers

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
 
 FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 # Several documents in one row; rows of unlike length side by side; one row, as long as it is.
 Rows = Literal["packed", "padded", "single"]
 # Where torch prefers cuDNN's attention to its own flash kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
-_CUDNN_CAPABILITIES, _CUDNN_VERSION = ((9, 0), (10, 0)), 90900
+_CUDNN_CAPABILITIES, _CUDNN_VERSION, _CUDNN_HEAD_DIM = ((9, 0), (10, 0)), 90900, 128
 
 
 def rows_of(recipe: Recipe) -> Rows:
@@ -32,7 +39,7 @@ def choose_attention(section: ModelSection, use_cpu: bool, rows: Rows = "padded"
     Measured on an H200, forward and backward, TFLOP/s at 8k and 32k tokens: cuDNN's kernel 513 and 540, flash-attn 2.8
     302 and 342. SDPA takes cuDNN's where it needs no mask: transformers then passes is_causal alone. Packed and padded
     rows need a mask there, which only slower kernels take; flash-attn leaves the padding out and is told where each
-    document begins.
+    document begins. A packed row that is one document needs neither: see `lone_documents_through_sdpa`.
 
     Raises:
         RecipeError: flash_attention_2 was asked for and cannot run here; with the install line where it is missing.
@@ -52,6 +59,33 @@ def choose_attention(section: ModelSection, use_cpu: bool, rows: Rows = "padded"
         return "flash_attention_2", f"auto: {rows} rows; flash-attn is installed and the device can"
     slower = "" if rows == "single" or use_cpu else f"; slower kernels, because {rows} rows need a mask"
     return "sdpa", f"auto: no flash_attention_2 ({obstacle}){slower}"
+
+
+@contextmanager
+def lone_documents_through_sdpa(attention: str, section: ModelSection, use_cpu: bool, rows: Rows) -> Iterator[None]:
+    """Inside, packed rows that hold one document take SDPA where that means cuDNN's kernel; the others flash-attn.
+
+    Long documents that are split into rows fill most of these alone.
+    """
+    if attention != "flash_attention_2" or rows != "packed" or not _sdpa_takes_cudnn(section, use_cpu):
+        yield
+        return
+    flash, sdpa = ALL_ATTENTION_FUNCTIONS[attention], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    logger.info("packed rows of one document: sdpa, which takes cuDNN's kernel")
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any):
+        borders = kwargs.get("cu_seq_lens_q")
+        is_lone = borders is not None and len(borders) == 2 and mask is None
+        is_plain = all(kwargs.get(name) is None for name in ("sliding_window", "softcap", "s_aux"))
+        if is_lone and is_plain and query.dtype != torch.float32 and query.shape[-1] <= _CUDNN_HEAD_DIM:
+            return sdpa(module, query, key, value, None, *args, **kwargs)
+        return flash(module, query, key, value, mask, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[attention] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[attention] = flash
 
 
 def planned_attention(recipe: Recipe) -> str:

@@ -40,7 +40,12 @@ from fvae_dist.training.fitting import (
     name_the_key_when_out_of_memory,
 )
 from fvae_dist.training.full import is_full, with_master_weights
-from fvae_dist.training.implementations import choose_attention, choose_liger, rows_of
+from fvae_dist.training.implementations import (
+    choose_attention,
+    choose_liger,
+    lone_documents_through_sdpa,
+    rows_of,
+)
 from fvae_dist.training.labels import set_labels
 from fvae_dist.training.methods import attach_method, check_method
 from fvae_dist.training.modeling import (
@@ -177,7 +182,11 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     for callback in prepared.make_callbacks(trainer):
         trainer.add_callback(callback)
 
-    with name_the_key_when_out_of_memory(prepared.fit):
+    rows = rows_of(recipe)
+    with (
+        name_the_key_when_out_of_memory(prepared.fit),
+        lone_documents_through_sdpa(prepared.attention, recipe.model, prepared.use_cpu, rows),
+    ):
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if stopper.stopped_at is not None:
         if trainer.checkpoint_writer.last_error is not None:

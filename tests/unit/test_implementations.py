@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -14,6 +15,7 @@ from fvae_dist.training import implementations
 from fvae_dist.training.implementations import (
     choose_attention,
     choose_liger,
+    lone_documents_through_sdpa,
     planned_attention,
     planned_liger,
     rows_of,
@@ -170,6 +172,40 @@ def test_sdpa_gets_a_mask_only_where_rows_need_one(tmp_path, monkeypatch, kind):
     data = {"single": rows(1), "padded": rows(2), "packed": training_rows("packed")[:1]}[kind]
     train_one_step(tmp_path, model, data)
     assert calls and set(calls) == ({(True, True)} if kind == "single" else {(False, False)})
+
+
+@pytest.mark.parametrize(
+    ("borders", "extra", "machine", "rows_", "taken"),
+    [
+        ([0, 6], {}, {}, "packed", "sdpa"),
+        ([0, 2, 6], {}, {}, "packed", "flash"),  # two documents
+        (None, {}, {}, "packed", "flash"),
+        ([0, 6], {"sliding_window": 4}, {}, "packed", "flash"),
+        ([0, 6], {"dtype": torch.float32}, {}, "packed", "flash"),
+        ([0, 6], {}, {"capability": (8, 0)}, "packed", "flash"),  # SDPA would not be cuDNN's
+        ([0, 6], {}, {}, "padded", "flash"),
+    ],
+    ids=str,
+)
+def test_packed_rows_of_one_document_take_sdpa(gpu, monkeypatch, borders, extra, machine, rows_, taken):
+    gpu(**machine)
+    flash = lambda *_, **__: ("flash", None)  # noqa: E731
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
+    generator = torch.Generator().manual_seed(0)
+    dtype = extra.pop("dtype", torch.bfloat16)
+    q, k, v = (torch.randn(1, heads, 6, 8, generator=generator).to(dtype) for heads in (4, 2, 2))
+    if borders is not None:
+        extra["cu_seq_lens_q"] = torch.tensor(borders, dtype=torch.int32)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    with lone_documents_through_sdpa("flash_attention_2", section(dtype="bfloat16"), False, rows_):
+        out, _ = ALL_ATTENTION_FUNCTIONS["flash_attention_2"](module, q, k, v, None, dropout=0.0, scaling=0.3, **extra)
+    assert ALL_ATTENTION_FUNCTIONS["flash_attention_2"] is flash
+    if taken == "flash":
+        assert out == "flash"
+        return
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert torch.equal(out, expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- Liger

@@ -14,7 +14,7 @@ def estimate(of=None, name="zero3", recompute="full", world_size=8, **zero):
     return estimate_memory(of, choice(of, name, recompute, **zero), world_size)
 
 
-# Llama-3-8B shape, T = 8192, 2 x H200, ZeRO-3, flash_attention_2, full recomputation (README, measured).
+# Llama-3-8B shape, T = 8192, 2 x H200, ZeRO-3, flash_attention_2, full recomputation (measured).
 @pytest.mark.parametrize(("peft_type", "measured_gib"), [("FVAE_LORA", 14.5), ("LORA", 13.5)])
 def test_measured_runs_of_two_gpus(peft_type, measured_gib):
     assert estimate(subject(peft_type=peft_type), world_size=2).total_gib == pytest.approx(measured_gib, rel=0.05)

@@ -39,7 +39,7 @@ def test_measured_steps_of_plain_peft(liger, length, recompute, measured_s):
 
 @pytest.mark.parametrize(("peft_type", "measured_s"), [("FVAE_LORA", 2.938), ("LORA", 1.251)])
 def test_measured_steps_of_two_gpus(peft_type, measured_s):
-    """ZeRO-3, T = 8192, 2 x H200 (README): bound by the host, whose two constants were fitted to these."""
+    """ZeRO-3, T = 8192, 2 x H200 (docs/planner.md): bound by the host, whose two constants were fitted to these."""
     planned = step(subject(peft_type=peft_type), gpus=2, gpu=H200)
     assert planned.seconds == pytest.approx(measured_s, rel=0.08)
     assert planned.bound == "the host (Python and kernel launches)"
