@@ -79,9 +79,8 @@ def on_meta(
         # The meta device has no autocast; adapters ask for it by the device of their input.
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: False))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
-        stack.enter_context(
-            patch.object(FactorizedVAE, "is_fused", _is_fused if kernels.fused_adapters else _is_not_fused)
-        )
+        is_fused = _is_fused if kernels.fused_adapters else _is_not_fused
+        stack.enter_context(patch.object(FactorizedVAE, "is_fused", is_fused))
         stack.enter_context(patch.object(launching, "Launch", _Launch))
         if keeps_linear_inputs:
             stack.enter_context(patch.object(F, "linear", _zero3_linear))

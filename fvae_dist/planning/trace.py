@@ -149,7 +149,7 @@ def trace_layer(
     model: nn.Module,
     layer: nn.Module,
     shape: tuple[int, int],
-    kernels: Kernels = Kernels(),
+    kernels: Kernels,
     *,
     zero3: bool,
     eager_attention: bool = False,

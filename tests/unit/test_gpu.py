@@ -11,6 +11,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from fvae_dist import FVAELoraConfig, side_loss
 from fvae_dist.adapter import FVAELinear
+from fvae_dist.training.implementations import lone_documents_through_sdpa
+from fvae_dist.training.recipe import ModelSection
 from tests.fused import FP32_RTOL, make, make_block, run, run_block, worst
 from tests.models import LayerModel
 
@@ -72,11 +74,11 @@ def tiny_llama(attention: str) -> nn.Module:
     return get_peft_model(model, FVAELoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
 
 
-def step(model: nn.Module, ids: torch.Tensor) -> tuple[float, float, dict[str, torch.Tensor]]:
+def step(model: nn.Module, ids: torch.Tensor, **inputs) -> tuple[float, float, dict[str, torch.Tensor]]:
     model.zero_grad()
     torch.manual_seed(1)
     with side_loss.collect(model) as collected:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, **inputs).loss
     (1000 * loss + collected.neg_elbo).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return float(loss), float(collected.neg_elbo), gradients
@@ -116,6 +118,23 @@ def test_packed_flash_attention_equals_separate_documents():
             max_length_k=int(lengths.max()),
         ).logits
     assert relative_error(packed, separate) < BF16_RTOL
+
+
+def test_packed_row_of_one_document_is_the_same_through_sdpa():
+    if not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    model = tiny_llama("flash_attention_2").train()
+    ids = torch.randint(0, 256, (1, 384), device="cuda")
+    borders = torch.tensor([0, 384], dtype=torch.int32, device="cuda")
+    of_row = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 384, "max_length_k": 384}
+    section = ModelSection(name_or_path="x", dtype="bfloat16", attention="flash_attention_2")
+    through_flash = step(model, ids, position_ids=torch.arange(384, device="cuda")[None], **of_row)
+    with lone_documents_through_sdpa("flash_attention_2", section, False, "packed"):
+        through_sdpa = step(model, ids, position_ids=torch.arange(384, device="cuda")[None], **of_row)
+    assert through_sdpa[:2] == pytest.approx(through_flash[:2], rel=1e-3)
+    gradients = through_flash[2]
+    errors = {name: relative_error(through_sdpa[2][name], value) for name, value in gradients.items() if value.any()}
+    assert max(errors.values()) < 2 * BF16_RTOL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

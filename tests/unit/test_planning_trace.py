@@ -11,6 +11,7 @@ from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.kernels import launching
 from fvae_dist.planning.hardware import PlanError
 from fvae_dist.planning.memory import estimate_memory
+from fvae_dist.planning.stand_ins import Kernels
 from fvae_dist.planning.subject import Settings
 from fvae_dist.planning.trace import base_of, find_layers, trace_layer
 from fvae_dist.training.modeling import attach_adapter
@@ -120,7 +121,7 @@ def test_leaves_no_trace():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
     holder, name = find_layers(model, config.num_hidden_layers)
     layers = getattr(holder, name)
-    trace_layer(model, layers[0], (1, 32), zero3=True)
+    trace_layer(model, layers[0], (1, 32), Kernels(), zero3=True)
     assert (F.linear, torch.autocast, torch.is_autocast_enabled) == (linear, autocast, enabled)
     assert getattr(holder, name) is layers and len(layers) == config.num_hidden_layers
     assert model.config._attn_implementation == "sdpa"
