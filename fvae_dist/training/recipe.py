@@ -232,8 +232,8 @@ class TrainingSection(Section):
     )
     tiled_mlp: bool = Field(
         False,
-        description="Run MLPs over tiles of as many tokens as the model is wide: their memory no longer grows with the "
-        "row, for one more forward pass of them. For long rows; not with adapters in MLPs.",
+        description="Run MLPs, and norms that are not Liger's, over tiles of as many tokens as the model is wide: "
+        "memory that does not grow with the row, for one more forward pass. For long rows; not with adapters in MLPs.",
     )
     dataloader_num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
 

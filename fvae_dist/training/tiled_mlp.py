@@ -1,7 +1,8 @@
-"""MLPs over a tile of tokens at a time: DeepSpeed's TiledMLP, for rows of hundreds of thousands of tokens.
+"""MLPs and norms over a tile of tokens at a time: DeepSpeed's TiledMLP, for rows of hundreds of thousands of tokens.
 
-The gated unit keeps tensors of T x intermediate_size for its backward pass, the largest of a decoder layer. A tile's
-are made, used and dropped before the next one's, for one more forward pass of the MLP.
+The gated unit keeps tensors of T x intermediate_size for its backward pass, the largest of a decoder layer; a norm
+copies its input to fp32, several times. A tile's are made, used and dropped before the next one's, for one more forward
+pass. Liger's norm keeps its input and no more, so it stays as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def find_mlps(model: nn.Module) -> list[nn.Module]:
 
 
 def tile_mlps(model: nn.Module, zero3: bool) -> int:
-    """Make every gated MLP of the model work over tiles of as many tokens as its input is wide; how many there are.
+    """Make every gated MLP and frozen norm of the model work over tiles of as many tokens as its input is wide.
+
+    Returns:
+        How many MLPs there are.
 
     Args:
         model: with its adapters; after Liger, which sets the MLPs' forward itself, and before deepspeed.initialize.
@@ -43,8 +47,8 @@ def tile_mlps(model: nn.Module, zero3: bool) -> int:
         RecipeError: as `find_mlps`.
     """
     mlps = find_mlps(model)
-    for mlp in mlps:
-        mlp.forward = _tiled(mlp, mlp.forward)
+    for module in (*mlps, *_norms(model)):
+        module.forward = _tiled(module, module.forward)
     if zero3:  # one gather for all tiles: ranks whose rows differ in length would not gather equally often
         from deepspeed.utils import set_z3_leaf_modules
 
@@ -52,11 +56,23 @@ def tile_mlps(model: nn.Module, zero3: bool) -> int:
     return len(mlps)
 
 
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """Those of torch and transformers; of others (Liger's are) the forward is set on the module, or the name tells."""
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        and not type(module).__name__.startswith("Liger")
+        and "forward" not in vars(module)
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
 def _is_gated(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
 
 
-def _tiled(mlp: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _tiled(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
     def of_tile(_: nn.Module, x: Tensor) -> Tensor:
@@ -66,7 +82,7 @@ def _tiled(mlp: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Ten
 
     def tiled(x: Tensor) -> Tensor:
         tiles = math.ceil(x.shape[-2] / x.shape[-1])
-        return TiledMLP.apply(of_tile, mlp, x, tiles, []) if tiles > 1 else forward(x)
+        return TiledMLP.apply(of_tile, module, x, tiles, []) if tiles > 1 else forward(x)
 
     return tiled
 

@@ -62,6 +62,31 @@ def test_a_tile_is_all_that_is_kept():
     assert sizes[0] >= 6 and sizes[1] == 0
 
 
+def test_of_a_norm_its_input_alone_is_kept():
+    model, kept = model_of().bfloat16(), []
+    tile_mlps(model, zero3=False)
+    norm = model.get_base_model().model.norm
+    x = torch.randn(1, 64, 16, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = norm(x)
+    assert [(tensor.shape, tensor.dtype) for tensor in kept] == [(x.shape, x.dtype)]
+    out.backward(torch.ones_like(out))
+    whole = x.detach().requires_grad_(True)
+    expected = type(norm).forward(norm, whole)
+    expected.backward(torch.ones_like(out))
+    assert torch.equal(out, expected) and torch.equal(x.grad, whole.grad)
+
+
+def test_norms_of_others_and_trained_ones_stay():
+    model = model_of()
+    layers = model.get_base_model().model.layers
+    layers[0].input_layernorm.forward = own = lambda x: x  # as Liger sets it
+    layers[1].input_layernorm.weight.requires_grad_(True)
+    tile_mlps(model, zero3=False)
+    assert layers[0].input_layernorm.forward is own and "forward" not in vars(layers[1].input_layernorm)
+    assert "forward" in vars(layers[1].post_attention_layernorm)
+
+
 def test_trained_mlps_are_refused():
     with pytest.raises(RecipeError, match=r"training.tiled_mlp: .*mlp is trained; leave MLPs out of adapter.target"):
         tile_mlps(model_of(target_modules=["q_proj", "down_proj"]), zero3=False)
