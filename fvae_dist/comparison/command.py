@@ -6,9 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 
 from fvae_dist.comparison import running
-from fvae_dist.comparison.processes import script
+from fvae_dist.comparison.jobs import ALONE, Running, Slot, slots_of
+from fvae_dist.comparison.launchers import check_several_at_once
+from fvae_dist.comparison.processes import Stopped, script
 from fvae_dist.comparison.report import write_report
 from fvae_dist.comparison.study import Study, Test, Trial, load_study
 from fvae_dist.training.recipe import RecipeError
@@ -17,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Run what the arguments name, one after another, and report.
+    """Run what the arguments name, one after another or --jobs at once, and report.
 
     Returns:
         0, or 1 if something failed; a line for each failure is printed.
@@ -36,7 +40,7 @@ def compare(args: argparse.Namespace) -> int:
     script("train.py")
     if args.trial is not None:
         return _show_failures(_run(study, [_numbered(study, args.trial)]))
-    problems = _run(study, _everything(study))
+    problems = _run(study, _everything(study)) if args.jobs == 1 else _run_all_at_once(study, args.jobs)
     print(write_report(study), end="")
     print(f"report: {study.output / 'comparison.html'}")
     return _show_failures(problems)
@@ -82,14 +86,63 @@ def _numbered(study: Study, number: int) -> Trial | Test:
 
 def _run(study: Study, items: Sequence[Trial | Test]) -> list[str]:
     """Run each; returns a line for each that failed."""
-    problems = []
-    for item in items:
-        logger.info("%d: %s", item.index, item)
-        problem = running.run_trial(study, item) if isinstance(item, Trial) else running.run_test(study, item)
-        if problem is not None:
-            problems.append(f"{item.index}: {item}: {problem}")
-            logger.warning("%s", problems[-1])
-    return problems
+    return [problem for item in items if (problem := _run_one(study, item, ALONE)) is not None]
+
+
+def _run_one(study: Study, item: Trial | Test, slot: Slot) -> str | None:
+    name = f"{item.index}: {item}"
+    beside_others = slot.jobs > 1
+    logger.info("%s%s", name, ": started" if beside_others else "")
+    run = running.run_trial if isinstance(item, Trial) else running.run_test
+    problem = run(study, item, slot)  # type: ignore[arg-type]
+    if problem is not None:
+        logger.warning("%s: %s", name, problem)
+        return f"{name}: {problem}"
+    if beside_others:
+        logger.info("%s: finished", name)
+    return None
+
+
+def _run_all_at_once(study: Study, jobs: int) -> list[str]:
+    """`_run` for everything, with up to so many at once: the tests after the trials, by which they are chosen."""
+    check_several_at_once(study.comparison.launcher, jobs)
+    with Running() as shared:
+        slots = slots_of(shared, jobs)
+        return [
+            *_run_at_once(study, study.trials(), slots, shared),
+            *_run_at_once(study, study.tests(), slots, shared),
+        ]
+
+
+def _run_at_once(study: Study, items: Sequence[Trial | Test], slots: list[Slot], shared: Running) -> list[str]:
+    """`_run`, one thread a slot. An error that ends the comparison, or a signal, stops all."""
+    free: SimpleQueue[Slot] = SimpleQueue()
+    for slot in slots:
+        free.put(slot)
+
+    def run(item: Trial | Test) -> str | None:
+        slot = free.get()
+        try:
+            with shared.working:
+                if shared.received:
+                    raise Stopped
+                return _run_one(study, item, slot)
+        finally:
+            free.put(slot)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        futures = [pool.submit(run, item) for item in items]
+        try:
+            if any(future.exception() for future in wait(futures, return_when=FIRST_EXCEPTION).done):
+                shared.stop()
+            wait(futures)
+        except BaseException:  # Ctrl-C: as without jobs nothing outlives this process
+            shared.kill()
+            raise
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+    return [problem for future in futures if (problem := future.result()) is not None]
 
 
 def _show_failures(problems: list[str]) -> int:

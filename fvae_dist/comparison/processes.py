@@ -7,10 +7,12 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fvae_dist.comparison.jobs import ALONE, Running, Slot
+from fvae_dist.comparison.launchers import launcher_words
 from fvae_dist.comparison.schema import SuiteSection
 from fvae_dist.comparison.study import Study
 from fvae_dist.training.recipe import RecipeError
@@ -35,11 +37,12 @@ def script(name: str) -> str:
     return str(path)
 
 
-def train_command(study: Study, recipe: Path) -> list[str]:
-    return [*_launcher(study), script("train.py"), "--config", str(recipe), "--resume", "auto"]
+def train_command(study: Study, recipe: Path, slot: Slot = ALONE) -> list[str]:
+    launcher = launcher_words(study.comparison.launcher, slot)
+    return [*launcher, script("train.py"), "--config", str(recipe), "--resume", "auto"]
 
 
-def evaluate_command(study: Study, suite: SuiteSection, trained: Path, out: Path) -> list[str]:
+def evaluate_command(study: Study, suite: SuiteSection, trained: Path, out: Path, slot: Slot = ALONE) -> list[str]:
     """Evaluate a training's model/ or adapter/ as `suite` says, the adapter with the recipe's base, in its dtype."""
     model = study.recipe.model
     is_whole = trained.name == "model"
@@ -61,51 +64,44 @@ def evaluate_command(study: Study, suite: SuiteSection, trained: Path, out: Path
     }
     given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
     flags = ["--trust-remote-code"] if model.trust_remote_code else []
-    return [*_launcher(study), script("evaluate.py"), *given, *flags]
+    return [*launcher_words(study.comparison.launcher, slot), script("evaluate.py"), *given, *flags]
 
 
-def _launcher(study: Study) -> list[str]:
-    return shlex.split(study.comparison.launcher) or [sys.executable]
-
-
-def run_logged(command: list[str], log_path: Path) -> int:
+def run_logged(command: list[str], log_path: Path, slot: Slot = ALONE) -> int:
     """Run to the end, output into a file that grows; returns the exit code.
 
     SIGTERM and SIGUSR1 are passed on and waited for: train.py then saves a checkpoint. Whatever else ends this process
     takes the other with it.
 
     Raises:
-        Stopped: a signal came and the process did not end well by itself.
+        Stopped: a signal came and the process did not end well by itself, or was not started any more.
         RecipeError: the command cannot be started.
     """
-    with open(log_path, "a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(command)}\n")
+    signals = Running() if slot.running is None else nullcontext(slot.running)
+    with open(log_path, "a", encoding="utf-8") as log, signals as running:
+        if running.received:
+            raise Stopped
+        added = slot.environment()
+        log.write(f"$ {shlex.join([*(f'{name}={value}' for name, value in added.items()), *command])}\n")
         log.flush()
         process: subprocess.Popen | None = None
-        received: list[int] = []
-
-        def pass_on(number: int, frame: Any) -> None:
-            received.append(number)
-            if process is not None:
-                process.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            if received:  # it came before there was anybody to pass it on to
-                process.terminate()
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **added}
+            )
+            running.add(process)
             code = process.wait()
         except OSError as error:
             raise RecipeError(f"launcher: cannot run {command[0]}: {error.strerror or error}") from None
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if process is not None and process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if code and received:
-        raise Stopped
-    return code
+            if process is not None:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                running.remove(process)
+        if code and running.received:
+            raise Stopped
+        return code
 
 
 def last_error(log_path: Path, code: int) -> str:

@@ -49,6 +49,7 @@ def _row(study: Study, method: str) -> dict[str, Any]:
     for key in _COST:
         known = [result[key] for result in results if result[key] is not None]
         row[key] = (max(known) if key == "peak_gib" else median(known)) if known else None
+    row["jobs"] = max((result.get("jobs", 1) for result in results), default=1)
     row["num_failed"] = sum(_has_failed(study, trial) for trial in trials)
     row["num_open"] = sum(_is_open(study, trial) for trial in trials)
     return row
@@ -91,7 +92,7 @@ def csv_of(study: Study, rows: list[dict[str, Any]]) -> str:
         line |= {"test_mean": test and test.mean, "test_sd": test and test.deviation}
         line |= {"difference": difference.mean, "difference_low": difference.low, "difference_high": difference.high}
         line |= {"worst_group_mean": worst and worst.mean, "worst_group_sd": worst and worst.deviation}
-        line |= {key: row[key] for key in (*_COST, "num_failed", "num_open")}
+        line |= {key: row[key] for key in (*_COST, "jobs", "num_failed", "num_open")}
         line |= {f"test_seed_{seed}": row["values"].get(seed) for seed in study.comparison.seeds}
         lines.append(line)
     text = io.StringIO()
@@ -173,6 +174,12 @@ def _notes(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         "step, tokens/s, peak: of the chosen learning rate, medians over log lines and seeds (peak: the largest; on "
         "CPU the process's resident set).",
     ]
+    beside_others = [f"{row['method']} ({row['jobs']})" for row in rows if row["jobs"] > 1]
+    if beside_others:
+        notes.append(
+            "Trained beside other trials on one machine, in brackets up to how many at once: "
+            f"{', '.join(beside_others)}. Their step, tokens/s and peak do not compare with those of a run alone."
+        )
     unfinished = [f"{row['method']} ({row['num_open']})" for row in rows if row["num_open"]]
     if unfinished:
         notes.append(f"Not finished yet: {', '.join(unfinished)}.")

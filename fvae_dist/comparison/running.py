@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fvae_dist.comparison import processes
+from fvae_dist.comparison.jobs import ALONE, Slot
 from fvae_dist.comparison.measured import measured_in
 from fvae_dist.comparison.schema import SuiteSection
 from fvae_dist.comparison.statistics import best_learning_rate
@@ -18,6 +19,7 @@ from fvae_dist.evaluation.store import write_text
 from fvae_dist.training.recipe import RecipeError, one_line
 
 RESULT, TESTED = "result.json", "test.json"
+_JOBS = "jobs.json"
 _ERRORS = {RESULT: "error.json", TESTED: "test_error.json"}
 
 
@@ -25,7 +27,7 @@ class TrialError(Exception):
     """A trial that could not be finished; the message is one line."""
 
 
-def run_trial(study: Study, trial: Trial) -> str | None:
+def run_trial(study: Study, trial: Trial, slot: Slot = ALONE) -> str | None:
     """Train and validate, from where an earlier run stopped; RESULT appears in the trial's folder at the end.
 
     Returns:
@@ -40,10 +42,10 @@ def run_trial(study: Study, trial: Trial) -> str | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "settings.json", json.dumps(_settings(study, trial), indent=1) + "\n")
-    return _recorded(folder, RESULT, lambda: _train_and_validate(study, trial, folder))
+    return _recorded(folder, RESULT, lambda: _train_and_validate(study, trial, folder, slot))
 
 
-def run_test(study: Study, test: Test) -> str | None:
+def run_test(study: Study, test: Test, slot: Slot = ALONE) -> str | None:
     """Test the adapter that validation chose, with this seed; TESTED appears in its trial's folder.
 
     Returns:
@@ -60,7 +62,7 @@ def run_test(study: Study, test: Test) -> str | None:
     folder = study.folder(trial)
 
     def evaluate() -> dict[str, Any]:
-        return {"settings": _test_settings(study), **_evaluate(study, study.comparison.test, folder, "test")}
+        return {"settings": _test_settings(study), **_evaluate(study, study.comparison.test, folder, "test", slot)}
 
     return _recorded(folder, TESTED, evaluate)
 
@@ -135,23 +137,36 @@ def _recorded(folder: Path, name: str, run: Callable[[], dict[str, Any]]) -> str
     return None
 
 
-def _train_and_validate(study: Study, trial: Trial, folder: Path) -> dict[str, Any]:
+def _train_and_validate(study: Study, trial: Trial, folder: Path, slot: Slot) -> dict[str, Any]:
     recipe = folder / "recipe.yaml"
     write_text(recipe, yaml.safe_dump(study.recipe_of(trial), sort_keys=False, allow_unicode=True))
     if not (folder / "train" / "metrics.json").is_file():  # the last that a training writes
-        _run(processes.train_command(study, recipe), folder / "train.log", "training")
-    validated = _evaluate(study, study.comparison.validation, folder, "validation")
-    return {**validated, **measured_in(study.recipe_of(trial), folder / "train")}
+        _note_jobs(folder, slot.jobs)
+        _run(processes.train_command(study, recipe, slot), folder / "train.log", "training", slot)
+    validated = _evaluate(study, study.comparison.validation, folder, "validation", slot)
+    return {**validated, **measured_in(study.recipe_of(trial), folder / "train"), "jobs": _jobs(folder)}
 
 
-def _evaluate(study: Study, suite: SuiteSection, folder: Path, name: str) -> dict[str, Any]:
+def _note_jobs(folder: Path, jobs: int) -> None:
+    """Before the training, which another start may complete alone: its times are then of both."""
+    if jobs > _jobs(folder):
+        write_text(folder / _JOBS, json.dumps({"jobs": jobs}) + "\n")
+
+
+def _jobs(folder: Path) -> int:
+    """The most trials at once, this one among them, beside which it was trained."""
+    noted = _read(folder / _JOBS)
+    return noted["jobs"] if noted else 1
+
+
+def _evaluate(study: Study, suite: SuiteSection, folder: Path, name: str, slot: Slot) -> dict[str, Any]:
     """value of the metric, and worst_group where there are groups."""
     from fvae_dist.evaluation.callback import flatten
 
     whole = folder / "train" / "model"  # of full fine-tuning
     trained = whole if whole.is_dir() else folder / "train" / "adapter"
-    command = processes.evaluate_command(study, suite, trained, folder / name)
-    _run(command, folder / f"{name}.log", name)
+    command = processes.evaluate_command(study, suite, trained, folder / name, slot)
+    _run(command, folder / f"{name}.log", name, slot)
     suites = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))["suites"]
     tasks = [flatten(f"{own}/{task}", metrics) for own, found in suites.items() for task, metrics in found.items()]
     value = metric_value(suite.metric, tasks)
@@ -173,10 +188,11 @@ def _fits(key: str, suite: str, name: str) -> bool:
     return key.startswith(f"{suite}/") and key.endswith(f"/{name}")
 
 
-def _run(command: list[str], log: Path, name: str) -> None:
+def _run(command: list[str], log: Path, name: str, slot: Slot) -> None:
     from fvae_dist.training.control import EXIT_RESUME
 
-    code = processes.run_logged(command, log)
+    with slot.waiting():
+        code = processes.run_logged(command, log, slot)
     if code == EXIT_RESUME:
         raise processes.Stopped
     if code:

@@ -26,10 +26,10 @@ def compare(capfd, monkeypatch):
     return compare
 
 
-def test_three_methods_are_trained_tested_and_not_run_again(compare, tmp_path):
+def test_three_methods_are_trained_tested_two_at_once_and_not_run_again(compare, tmp_path):
     write_inputs(tmp_path)
     path = write_comparison(tmp_path)
-    code, printed, errors = compare(path)
+    code, printed, errors = compare(path, "--jobs", "2")
     assert code == 0, errors
     out = tmp_path / "out"
     rows = {row["method"]: row for row in csv.DictReader((out / "comparison.csv").read_text().splitlines())}
@@ -48,6 +48,7 @@ def test_three_methods_are_trained_tested_and_not_run_again(compare, tmp_path):
     assert int(rows["fvae"]["inference_parameters"]) < int(rows["fvae"]["trainable_parameters"])
     for name in ("comparison.md", "comparison.png", "comparison.html"):
         assert (out / name).stat().st_size > 0
+    assert "how many at once: fvae (2), lora (2), pissa (2)." in printed
     before = {file: file.stat().st_mtime_ns for file in (out / "trials").rglob("*") if file.is_file()}
     assert compare(path)[:2] == (0, printed)
     assert {file: file.stat().st_mtime_ns for file in (out / "trials").rglob("*") if file.is_file()} == before
