@@ -21,8 +21,8 @@ _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner")
 def check_several_at_once(launcher: str, jobs: int) -> None:
     """Whether the launcher can run several times at once.
 
-    On GPUs a job has one of them, so that the launcher has to start a single process: with more, each would wait for
-    GPUs that it does not have, and with fewer than without --jobs the global batch would be another.
+    On GPUs a job has one of them, so that the launcher has to start a single process: several would take other jobs'
+    GPUs, or, kept to the one, make the global batch another than without --jobs.
 
     Raises:
         RecipeError: it starts, or may start, several processes on GPUs; or it states a port.
