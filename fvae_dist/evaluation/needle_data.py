@@ -91,10 +91,10 @@ def needle_records(
 
 def _draw_few_digits(generator: np.random.Generator) -> str:
     """Such as 3633633: what a model that copies by the last digit alone gets wrong."""
-    digits = generator.choice(10, size=int(generator.integers(2, 4)), replace=False)
     while True:
+        digits = generator.choice(10, size=int(generator.integers(2, 4)), replace=False)
         number = "".join(map(str, generator.choice(digits, size=7)))
-        if number[0] != "0" and int(number) % 7:  # the suite's are multiples of 7
+        if number[0] != "0" and int(number) % 7:  # the suite's are multiples of 7, as all of 0 and 7 alone are
             return number
 
 
