@@ -223,6 +223,8 @@ def _set_up_output() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
     # Without a network it announces every retry twice; what failed is in the error that follows.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    # Misses an optional kernel as soon as it is imported, on CPUs with bf16 units.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     level = logging.INFO if _is_main() else logging.ERROR
     logging.basicConfig(level=logging.WARNING if _is_main() else logging.ERROR, format="%(name)s: %(message)s")
     logging.getLogger("fvae_dist").setLevel(level)

@@ -181,7 +181,15 @@ def test_a_signal_ends_every_child_and_nothing_starts_any_more(tmp_path, monkeyp
     assert not list(trials.rglob("error.json")) and not list(trials.rglob("result.json"))
 
 
-def test_ctrl_c_leaves_no_child(tmp_path, monkeypatch):
+@pytest.fixture
+def default_sigint():
+    """Processes of pytest-xdist ignore the signal, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_no_child(tmp_path, monkeypatch, default_sigint):
     path = write_comparison(tmp_path)
     sleepers(monkeypatch, f"import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{READY}")
     main = threading.main_thread().ident

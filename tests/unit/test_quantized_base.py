@@ -21,6 +21,12 @@ LINEARS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
+@pytest.fixture(autouse=True)
+def no_packing(monkeypatch):
+    """On CPUs with bf16 units bitsandbytes packs 4-bit weights anew in evaluation, and not back as they were."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
