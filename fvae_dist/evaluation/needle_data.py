@@ -8,9 +8,7 @@ tokens of a record, as training does. Each length gets as many records as the ot
 record begins at a word of the filler drawn anew.
 
 `--bare` leaves out instruction and question, so that a record can have 40 tokens where it needs 150 with them: from
-such records a model with random weights learns to copy numbers (launch/recipes/needle_copy.yaml). `--few-digits P`
-makes so many numbers of two or three digits: a tiny model that copies by the last digit alone is wrong about repeated
-ones the longest.
+such records a model with random weights learns to copy numbers (launch/recipes/needle_copy.yaml).
 """
 
 from __future__ import annotations
@@ -45,7 +43,6 @@ def needle_records(
     seed: int = 0,
     template: str = "clean",
     bare: bool = False,
-    few_digits: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Records of prompt, completion, depth, length and num_tokens. Deterministic in the arguments.
 
@@ -54,18 +51,14 @@ def needle_records(
         lengths: the most tokens of a record, prompt, answer and end of text; less than a word's tokens stay unused.
         depths: where in the text the number stands, 0 to 1.
         bare: the prompt is the text and a line break, whatever the template.
-        few_digits: share of the numbers that are made of two or three digits.
 
     Raises:
-        ValueError: no records, lengths or depths; a depth or share out of range, or a length with no room for the
-            question.
+        ValueError: no records, lengths or depths; a depth out of range, or a length with no room for the question.
     """
     if num_records < 1 or not lengths or not depths:
         raise ValueError("there must be at least one record, one length and one depth")
     if not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths must lie in [0, 1], got {' '.join(map(str, depths))}")
-    if not 0 <= few_digits <= 1:
-        raise ValueError(f"the share of numbers of few digits must lie in [0, 1], got {few_digits}")
 
     make_prompt = _bare_prompt if bare else partial(needle_prompt, template=template)
     question = partial(make_prompt, words, depth=0.5, number=LONGEST_NUMBER)
@@ -75,9 +68,9 @@ def needle_records(
     tokens_per_word = 2.0
     for index in range(num_records):
         length, depth = lengths[index % len(lengths)], depths[index // len(lengths) % len(depths)]
-        has_few = few_digits > 0 and generator.random() < few_digits
-        while (number := _draw_few_digits(generator) if has_few else draw_number(generator, "training")) in filler:
-            pass
+        number = draw_number(generator, "training")
+        while number in filler:
+            number = draw_number(generator, "training")
         start = int(generator.integers(len(words)))
         render = partial(make_prompt, words, depth=depth, number=number, start=start)
         measure = partial(_count, tokenizer, render, number)
@@ -87,15 +80,6 @@ def needle_records(
             raise ValueError(f"a length of {length} tokens has no room: question and answer alone take {smallest}")
         tokens_per_word = max(count - smallest, 1) / num_words
         yield {"prompt": render(num_words), "completion": number, "depth": depth, "length": length, "num_tokens": count}
-
-
-def _draw_few_digits(generator: np.random.Generator) -> str:
-    """Such as 3633633: what a model that copies by the last digit alone gets wrong."""
-    while True:
-        digits = generator.choice(10, size=int(generator.integers(2, 4)), replace=False)
-        number = "".join(map(str, generator.choice(digits, size=7)))
-        if number[0] != "0" and int(number) % 7:  # the suite's are multiples of 7, as all of 0 and 7 alone are
-            return number
 
 
 def _bare_prompt(words: list[str], num_words: int, depth: float, number: str, start: int = 0) -> str:
@@ -136,13 +120,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--filler", metavar="FILE", help="text to hide numbers in; default: the suite's sentences")
     parser.add_argument("--template", choices=TEMPLATES, default="clean", help="prompt (default: clean)")
-    parser.add_argument(
-        "--few-digits",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="share of numbers of two or three digits (default: 0)",
-    )
     parser.add_argument("--bare", action="store_true", help="the text alone, without instruction and question")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     args = parser.parse_args(argv)
@@ -160,7 +137,6 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed,
             template=args.template,
             bare=args.bare,
-            few_digits=args.few_digits,
         )
         longest = _write(Path(args.out), records)
     except (RecipeError, ValueError, OSError) as error:

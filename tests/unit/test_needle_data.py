@@ -41,15 +41,6 @@ def test_records_are_deterministic_and_differ():
     assert len({row["prompt"] for row in first}) == len({row["completion"] for row in first}) == len(first)
 
 
-def test_some_numbers_have_few_digits():
-    numbers = [row["completion"] for row in records(300, lengths=(400,), few_digits=0.5)]
-    few = [number for number in numbers if len(set(number)) <= 3]
-    assert 100 < len(few) < 200
-    assert all(len(number) == 7 and number[0] != "0" and int(number) % 7 for number in numbers)
-    with pytest.raises(ValueError, match="few digits must lie in"):
-        records(few_digits=1.5)
-
-
 def test_lengths_and_depths_are_dealt_out_alike():
     counts = Counter((row["length"], row["depth"]) for row in records(30))
     assert counts == {(length, depth): 2 for length in LENGTHS for depth in DEPTHS}
