@@ -93,7 +93,6 @@ def train_tokenizer(text: str, settings: Settings):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        split_digits=True,  # as Llama's; else a number that begins with a rare piece, such as 10, is copied wrong
         add_dummy_prefix=False,
         user_defined_symbols=["\n"],  # training lines hold none, so it would otherwise be the byte <0x0A>
         pad_id=3,
