@@ -75,6 +75,13 @@ command's suites) appear at the end.""",
     parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="default: 32 (gsm8k: 512, needle: 16)")
     parser.add_argument("--max-length", type=at_least(2), metavar="N", help="tokens, answer included; default: 2048")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N samples of every set")
+    parser.add_argument(
+        "--repeats",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="needle: numbers at each depth and length (default: 5)",
+    )
     parser.add_argument("--seed", type=at_least(0), default=42, metavar="N", help="of the bootstrap (default: 42)")
     parser.add_argument(
         "--dtype",

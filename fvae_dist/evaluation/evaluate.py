@@ -97,7 +97,7 @@ def _options(args: argparse.Namespace, suites: Suites, source: ModelSource) -> O
     max_length = args.max_length or min(positions, _DEFAULT_MAX_LENGTH)
     if max_length > positions:
         raise RecipeError(f"--max-length: {max_length} is longer than the model's {positions} positions")
-    return Options(data, args.mode, args.template, args.max_new_tokens, max_length, args.limit, args.seed)
+    return Options(data, args.mode, args.template, args.max_new_tokens, max_length, args.limit, args.seed, args.repeats)
 
 
 def _output_folder(path: str) -> Path:

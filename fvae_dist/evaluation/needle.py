@@ -2,7 +2,7 @@
 
 `--data needle=FILE` is a text that the number is hidden in (repeated if it is too short); without it a few plain
 sentences are. One question for each length (a quarter, half and all of `--max-length`) and depth (0 to 100 % of the
-text), five numbers each; the answer is right if the first number that the model writes is the hidden one.
+text), `--repeats` numbers each; the answer is right if the first number that the model writes is the hidden one.
 
 The numbers are multiples of 7, which those of `needle_data.py`, that a model may have been trained on, never are.
 """
@@ -21,7 +21,6 @@ from fvae_dist.evaluation.tasks import Options, Sample, Task, prompt_row, room_f
 from fvae_dist.training.recipe import RecipeError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-NUM_REPEATS = 5
 LONGEST_NUMBER = "8888888"  # what lengths are measured with
 _FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. The river runs down to the sea. "
@@ -45,7 +44,7 @@ def needle_tasks(tokenizer: Any, options: Options) -> list[Task]:
     for length in sorted({room // 4, room // 2, room}):
         num_words = _fitting_words(words, length, tokenizer, options.template)
         for depth in DEPTHS:
-            for _ in range(NUM_REPEATS):
+            for _ in range(options.repeats):
                 number = draw_number(generator, "evaluation")
                 row, _ = prompt_row(needle_prompt(words, num_words, depth, number, options.template), tokenizer, room)
                 facts = {"answer": number, "depth": depth, "length": length}
@@ -122,13 +121,21 @@ def judge_needle(sample: Sample, text: str) -> dict[str, Any]:
 
 
 def summarise_needles(records: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Accuracy over all, and of each length and depth ("length x depth %")."""
-    cells: dict[str, list[bool]] = {}
+    """Accuracy over all, of each length, each depth, and both ("length x depth %")."""
+    cells, depths, lengths = (dict[str, list[bool]]() for _ in range(3))
     for record in records:
-        cells.setdefault(f"{record['length']} x {record['depth']:.0%}", []).append(record["correct"])
+        length, depth = str(record["length"]), f"{record['depth']:.0%}"
+        for groups, name in ((cells, f"{length} x {depth}"), (depths, depth), (lengths, length)):
+            groups.setdefault(name, []).append(record["correct"])
     return {
         "accuracy": estimate([float(record["correct"]) for record in records], seed=seed),
         "num_samples": len(records),
         "num_parse_failures": sum(record["prediction"] is None for record in records),
-        "cells": {name: sum(correct) / len(correct) for name, correct in cells.items()},
+        "cells": _shares(cells),
+        "depths": _shares(depths),
+        "lengths": _shares(lengths),
     }
+
+
+def _shares(groups: dict[str, list[bool]]) -> dict[str, float]:
+    return {name: sum(correct) / len(correct) for name, correct in groups.items()}

@@ -28,7 +28,7 @@ def write_report(folder: Path, settings: dict[str, Any], results: dict[str, dict
 
 
 def markdown_report(settings: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    """One table with a row for each task, and one for each set with groups."""
+    """One table with a row for each task, one for each set with groups, and the needle's by length and depth."""
     adapter = f", adapter {settings['adapter']}" if settings.get("adapter") else ", no adapter"
     lines = [f"Model {settings['model']}{adapter}. Intervals: 95 %, bootstrap.", ""]
     lines += ["| suite | task | samples | metric | value | interval | ECE | NLL | unparsed |"]
@@ -40,6 +40,8 @@ def markdown_report(settings: dict[str, Any], results: dict[str, dict[str, Any]]
         for task, metrics in tasks.items():
             if "groups" in metrics:
                 lines += ["", *_group_table(suite, task, metrics["groups"])]
+            if "cells" in metrics:
+                lines += ["", *_needle_table(metrics)]
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +71,20 @@ def _group_table(suite: str, task: str, groups: dict[str, Any]) -> list[str]:
         value, interval = _show(entry, percent=True)
         lines.append(f"| {name} | {num_samples} | {value} | {interval} |")
     return lines
+
+
+def _needle_table(metrics: dict[str, Any]) -> list[str]:
+    cells, depths, lengths = metrics["cells"], metrics["depths"], metrics["lengths"]
+    lines = [f"| needle: tokens | {' | '.join(depths)} | all depths |", "|---" * (len(depths) + 2) + "|"]
+    for length, share in lengths.items():
+        found = [cells.get(f"{length} x {depth}") for depth in depths]
+        lines.append(f"| {length} | {' | '.join(map(_percent, [*found, share]))} |")
+    found = [*depths.values(), metrics["accuracy"]["value"]]
+    return [*lines, f"| all | {' | '.join(map(_percent, found))} |"]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _show(entry: dict[str, float], percent: bool) -> tuple[str, str]:

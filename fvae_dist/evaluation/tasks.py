@@ -78,6 +78,7 @@ class Options:
     max_length: int = 2048
     limit: int | None = None
     seed: int = 42
+    repeats: int = 5  # of each of the needle's questions
 
     def path(self, suite: str) -> Path:
         """Where the data of a suite lies.

@@ -169,8 +169,9 @@ def test_needle_hides_a_number_at_every_depth(evaluate, tmp_path):
     model = write_speaker(tmp_path / "model", "none", max_position_embeddings=2048)
     data = tmp_path / "filler.txt"
     data.write_text("some words that fill a page " * 3)
-    result = evaluate(model, "needle", data, "--max-length", "1616", "--limit", "10")["needle"]["needle"]
-    assert result["num_samples"] == 10 and result["accuracy"]["value"] == 0.0
+    settings = ("--max-length", "1616", "--limit", "6", "--repeats", "3")
+    result = evaluate(model, "needle", data, *settings)["needle"]["needle"]
+    assert result["num_samples"] == 6 and result["accuracy"]["value"] == 0.0
     assert result["cells"] == {"400 x 0%": 0.0, "400 x 25%": 0.0}
     tokenizer = byte_tokenizer()
     options = Options({"needle": str(data)}, max_length=1616)

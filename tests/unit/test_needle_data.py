@@ -17,6 +17,7 @@ from fvae_dist.evaluation.needle import (
     summarise_needles,
 )
 from fvae_dist.evaluation.needle_data import main, needle_records
+from fvae_dist.evaluation.report import markdown_report
 from fvae_dist.evaluation.tasks import Options
 from fvae_dist.training.data import prepare_data
 from fvae_dist.training.recipe import DataSection
@@ -117,7 +118,15 @@ def test_suite_reports_accuracy_by_length_and_depth():
     ]
     summary = summarise_needles(rows, seed=0)
     assert summary["cells"] == {"100 x 0%": 1.0, "100 x 100%": 0.0, "200 x 0%": 1.0, "200 x 100%": 0.0}
+    assert summary["depths"] == {"0%": 1.0, "100%": 0.0} and summary["lengths"] == {"100": 0.5, "200": 0.5}
     assert summary["accuracy"]["value"] == 0.5
+    assert markdown_report({"model": "m"}, {"needle": {"needle": summary}}).splitlines()[-5:] == [
+        "| needle: tokens | 0% | 100% | all depths |",
+        "|---|---|---|---|",
+        "| 100 | 100.0 % | 0.0 % | 50.0 % |",
+        "| 200 | 100.0 % | 0.0 % | 50.0 % |",
+        "| all | 100.0 % | 0.0 % | 50.0 % |",
+    ]
 
 
 def test_command_writes_what_training_reads(tmp_path, capsys):
