@@ -24,6 +24,7 @@ from fvae_dist.training.implementations import planned_attention
 from fvae_dist.training.modeling import check_lengths, load_config, load_tokenizer, plan_model
 from fvae_dist.training.planned import (
     deepspeed_configs,
+    longest_load,
     make_choice,
     overrides_of,
     own_config,
@@ -121,21 +122,14 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 
 def _load(recipe: Recipe, epoch_tokens: int | None) -> tuple[Load, list[str]]:
     """What a step works on, from the data where it is here; and notes on what was assumed."""
-    training = recipe.training
-    load = Load(
-        accumulation=training.gradient_accumulation_steps,
-        sequences=training.per_device_train_batch_size,
-        mean_length=part_length(recipe, recipe.data.max_length),
-        epoch_tokens=epoch_tokens,
-        sequence_parallel=training.sequence_parallel,
-    )
+    load = replace(longest_load(recipe), epoch_tokens=epoch_tokens)
     if epoch_tokens is not None:
         return load, []
     if any(source.hub or not Path(source.path or "").is_file() for source in recipe.data.train):
         return load, ["the training data is not here: every sequence taken as data.max_length long"]
     try:
         data = prepare_data(
-            recipe.data, load_tokenizer(recipe.model), seed=training.seed, output_dir=training.output_dir
+            recipe.data, load_tokenizer(recipe.model), seed=recipe.training.seed, output_dir=recipe.training.output_dir
         )
     except RecipeError as error:
         return load, [f"the data cannot be read, every sequence taken as data.max_length long: {error}"]

@@ -18,11 +18,11 @@ from typing import Any
 from fvae_dist.benchmarking.trial import WARM_UP, Setting, read_logs, run_to_end, train_command, write_inputs
 from fvae_dist.plan_command import own_fit, write_file
 from fvae_dist.planning.hardware import Cluster, PlanError, detect_gpu, find_gpu
-from fvae_dist.planning.planner import Load, Option, plan_choice
+from fvae_dist.planning.planner import Option, plan_choice
 from fvae_dist.planning.report import option_json
 from fvae_dist.planning.subject import Subject
 from fvae_dist.training.modeling import load_config
-from fvae_dist.training.planned import make_choice, own_config, part_length, subject_of
+from fvae_dist.training.planned import longest_load, make_choice, own_config, subject_of
 from fvae_dist.training.recipe import Recipe, RecipeError
 from fvae_dist.training.recipe_file import load_recipe
 
@@ -118,9 +118,7 @@ def plan_run(recipe: Recipe, subject: Subject, cluster: Cluster) -> Option:
     """The plan of a recipe as it stands, every row as long as may be."""
     name, fit = own_config(recipe), own_fit(recipe, subject, cluster)
     choice = make_choice(recipe, subject, name, fit.recompute, fit.resident, cluster.world_size, cluster.gpus_per_node)
-    training, length = recipe.training, part_length(recipe, recipe.data.max_length)
-    load = Load(training.gradient_accumulation_steps, training.per_device_train_batch_size, length)
-    return plan_choice(subject, choice, cluster, load)
+    return plan_choice(subject, choice, cluster, longest_load(recipe))
 
 
 def _write(path: str | None, rows: list[Comparison]) -> None:

@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_triton_available
 
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import PlanError
+from fvae_dist.planning.planner import Load
 from fvae_dist.planning.subject import Settings, Subject, describe
 from fvae_dist.training.classification import is_classification
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
@@ -72,6 +73,17 @@ def choice_of(
     if config is not None:
         size_for_adapter(config, subject.trainable_sizes, subject.base_sizes)
     return Choice(own_config(recipe), config, recompute, resident)
+
+
+def longest_load(recipe: Recipe) -> Load:
+    """What a step works on where every row is as long as may be."""
+    training = recipe.training
+    return Load(
+        accumulation=training.gradient_accumulation_steps,
+        sequences=training.per_device_train_batch_size,
+        mean_length=part_length(recipe, recipe.data.max_length),
+        sequence_parallel=training.sequence_parallel,
+    )
 
 
 def own_config(recipe: Recipe) -> str:
