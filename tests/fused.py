@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -9,6 +13,7 @@ from torch import nn
 from fvae_dist import side_loss
 from fvae_dist.adapter.noise import LayerNoise, TokenNoise
 from fvae_dist.adapter.vae import FactorizedVAE
+from fvae_dist.kernels import launching
 from tests.models import randomise, tiny_adapter
 
 FP32_RTOL, BF16_RTOL = 1e-4, 1.6e-2
@@ -49,6 +54,15 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         (float((found[name].double() - value).norm() / value.norm().clamp(min=1e-30)), name)
         for name, value in expected.items()
     )
+
+
+@contextmanager
+def by_products(rows: int) -> Iterator[None]:
+    """In 16 bit the likelihood by the matrix library's products, so many tokens at a time, however few there are."""
+    with patch.object(launching, "PRODUCT_TOKENS", 1), patch.object(launching, "PRODUCT_ROWS", rows):
+        launching.plan_of.cache_clear()
+        yield
+    launching.plan_of.cache_clear()
 
 
 class Projections(nn.Module):

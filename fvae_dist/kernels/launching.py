@@ -81,6 +81,8 @@ NARROW_TILES = {
     "backward_input": (32, 128, 4, 1),
     "backward_inner": (64, 32, 4, 3),
     "backward_features": (256, 16, 4, 2),
+    "residual": (4, 1024, 4, 1),
+    "backward_residual": (16, 128, 4, 1),
 }
 _EXACT_TILES = {
     "encode": (32, 32, 4, 2),
@@ -91,8 +93,14 @@ _EXACT_TILES = {
     "backward_input": (32, 32, 4, 1),
     "backward_inner": (32, 32, 4, 2),
     "backward_features": (32, 32, 4, 2),
+    "residual": (4, 1024, 4, 1),
+    "backward_residual": (16, 128, 4, 1),
 }
 _INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _EXACT_TILES.items()}
+
+
+# Tokens from which on the likelihood's products are the matrix library's (`likelihood.py`), and of how many at a time.
+PRODUCT_TOKENS, PRODUCT_ROWS = 4096, 8192
 
 
 class Launch:
@@ -141,7 +149,7 @@ class Plan:
 
     def __init__(self, spec: Spec, dtype: torch.dtype, shape: tuple[int, int], adapters: int, device: torch.device):
         self._spec, self._dtype, self._on_gpu = spec, dtype, device.type != "cpu"
-        (self._num_tokens, self._features), self._adapters = shape, adapters
+        (self._num_tokens, self._features), self.adapters = shape, adapters
         self._processors = processors(device)
         features = self._features
         self.parts = 1 if dtype == torch.float32 else 2
@@ -158,13 +166,9 @@ class Plan:
         self.encode = self._launch("encode", (blocks, self.encode_chunks))
         blocks = adapters * self._blocks("latents")
         self.latents = self._launch("latents", (blocks,), CHUNKS=self.encode_chunks)
-        blocks, self.likelihood_chunks, self.likelihood_chunk = self._over_features("likelihood")
-        grid = (blocks, self.likelihood_chunks)
-        self.likelihood = self._launch("likelihood", grid, STATS=False)
-        self.likelihood_with_statistics = self._launch("likelihood", grid, STATS=True)
-
-        blocks, self.backward_chunks, self.backward_chunk = self._over_features("backward_likelihood")
-        self.backward_likelihood = self._launch("backward_likelihood", (blocks, self.backward_chunks))
+        # In fp32 the kernels' products are as exact, and no slower.
+        self.by_products = dtype != torch.float32 and self._num_tokens >= PRODUCT_TOKENS
+        self._plan_products() if self.by_products else self._plan_tiles()
         self.latent_blocks = self._blocks("backward_latents")
         self.sums_fit = spec.sums_fit and dtype != torch.float32
         self.latent_programs = self.latent_blocks
@@ -173,23 +177,49 @@ class Plan:
         self.backward_latents = self._launch(
             "backward_latents", (adapters * self.latent_programs,), CHUNKS=self.backward_chunks, SUMS=self.sums_fit
         )
-        blocks = cdiv(features, self._tile("backward_input")[1])
-        grid = (blocks, self._blocks("backward_input"))
-        self.backward_input = self._launch("backward_input", grid)
         if spec.decoder_layers > 1:
             inner, blocks = spec.decoder_layers - 1, cdiv(spec.decoder_hidden, self._tile("backward_inner")[1])
             self.inner_chunks, self.inner_chunk = self._over_tokens("backward_inner", adapters * inner * blocks)
             self.backward_inner = self._launch("backward_inner", (adapters * inner, self.inner_chunks, blocks))
-        blocks = adapters * cdiv(features, self._tile("backward_features")[1])
+
+    def _plan_tiles(self) -> None:
+        """The likelihood, its backward and the gradients to x and to what has values for each feature, each in a kernel
+        that computes the reconstruction tile by tile."""
+        blocks, self.likelihood_chunks, self.likelihood_chunk = self._over_features("likelihood")
+        grid = (blocks, self.likelihood_chunks)
+        self.likelihood = self._launch("likelihood", grid, STATS=False)
+        self.likelihood_with_statistics = self._launch("likelihood", grid, STATS=True)
+        blocks, self.backward_chunks, self.backward_chunk = self._over_features("backward_likelihood")
+        self.backward_likelihood = self._launch("backward_likelihood", (blocks, self.backward_chunks))
+        blocks = cdiv(self._features, self._tile("backward_input")[1])
+        grid = (blocks, self._blocks("backward_input"))
+        self.backward_input = self._launch("backward_input", grid)
+        blocks = self.adapters * cdiv(self._features, self._tile("backward_features")[1])
         self.feature_chunks, self.feature_chunk = self._over_tokens("backward_features", blocks)
         self.backward_features = self._launch("backward_features", (blocks, self.feature_chunks))
+
+    def _plan_products(self) -> None:
+        """The same by products of the matrix library."""
+        self.backward_chunks = self.feature_chunks = 1
+        self.product_rows = min(PRODUCT_ROWS, self._num_tokens)
+        blocks = cdiv(self.product_rows, self._tile("residual")[0])
+        self.residual = self._launch("residual", (blocks,), STATS=False)
+        self.residual_with_statistics = self._launch("residual", (blocks,), STATS=True)
+        tokens, features = self._tile("backward_residual")[:2]
+        blocks = cdiv(self._features, features)
+        # A row of sums each, and enough programs to keep the memory busy.
+        self.residual_chunks = min(cdiv(self.product_rows, tokens), max(1, 8 * self._processors // blocks))
+        self.residual_chunk = cdiv(self.product_rows, self.residual_chunks)
+        grid = (blocks, self.residual_chunks)
+        self.backward_residual = self._launch("backward_residual", grid, NEEDS_X=False)
+        self.backward_residual_to_x = self._launch("backward_residual", grid, NEEDS_X=True)
 
     def pack(self, widest_up: int) -> Launch:
         """For up-projections of at most so many numbers."""
         if widest_up not in self._pack:
             spec, block = self._spec, 1024
             largest = max(widest_up, self._features * max(2 * spec.encoder_hidden, spec.decoder_hidden))
-            self._pack[widest_up] = self._launch("pack", (cdiv(largest, block), self._adapters), BLOCK=block)
+            self._pack[widest_up] = self._launch("pack", (cdiv(largest, block), self.adapters), BLOCK=block)
         return self._pack[widest_up]
 
     def _tile(self, kernel: str) -> tuple[int, int, int, int]:
@@ -205,7 +235,7 @@ class Plan:
 
     def _over_features(self, kernel: str) -> tuple[int, int, int]:
         """Blocks of tokens of all adapters, chunks of features, features of a chunk."""
-        blocks, tile = self._adapters * self._blocks(kernel), self._tile(kernel)[1]
+        blocks, tile = self.adapters * self._blocks(kernel), self._tile(kernel)[1]
         steps, chunks = cdiv(self._features, tile), 1
         while chunks < min(8, steps) and blocks * chunks < 3 * self._processors:
             chunks *= 2
@@ -219,7 +249,7 @@ class Plan:
 
     def _launch(self, kernel: str, grid: tuple[int, ...], **constants: Any) -> Launch:
         values, options = constants_of(self._spec, self._dtype) | constants, {}
-        values |= {"G": self._adapters, "PARTS": self.parts}
+        values |= {"G": self.adapters, "PARTS": self.parts}
         if kernel != "pack":
             values["BT"], values["BD"], options["num_warps"], options["num_stages"] = self._tile(kernel)
         names = getattr(kernels(), f"{kernel}_kernel").arg_names

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fvae_dist.kernels.launching import Plan, alignment_of, on, plan_of, stream_of
+from fvae_dist.kernels.likelihood import Decoders, backward_likelihood, decoders_of, likelihood
+from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
 MAX_ADAPTERS = 3
@@ -130,22 +132,31 @@ class Run:
                 plan.stride, *salts, float(call.scaling), *c[1:], spec.prior_mean, spec.prior_std,
                 kind=(keys.data_ptr() % 16, *(-(2**31) <= salt < 2**31 for salt in salts)),
             )  # fmt: skip
-            decoder = (state.x, state.parameters, state.packed, state.units)
-            sizes = (num_tokens, features, plan.stride, plan.likelihood_chunk, c.nll)
+            loss = terms[:, 0]
+            if call.with_statistics or call.with_loss:
+                loss = self._likelihood(stream, state, terms)
             if call.with_statistics:
-                sums = wide((plan.likelihood_chunks, 2, number, num_tokens))
-                plan.likelihood_with_statistics(stream, *decoder, terms, sums, *sizes)
-                nll, squared_error = _total(sums).unbind(0)
+                nll, squared_error = loss.unbind(0)
                 loss = torch.add(terms[:, 0], nll, alpha=c.nll)
                 terms[:, 0], terms[:, 1] = loss, nll
                 statistics = terms, self.posterior_of(state), squared_error
-            elif call.with_loss:
-                sums = wide((plan.likelihood_chunks, number, num_tokens))
-                plan.likelihood(stream, *decoder, terms, sums, *sizes)
-                loss = _total(sums)
-            else:
-                loss = terms[:, 0]
         return state, loss, statistics
+
+    def _likelihood(self, stream: int | None, state: State, terms: Tensor) -> Tensor:
+        """The loss (G, T), or with statistics (2, G, T): the nll and the squared error."""
+        plan, (num_tokens, features), c_nll = self.plan, state.x.shape, self.call.spec.coefficients.nll
+        has_statistics = self.call.with_statistics
+        if plan.by_products:
+            return likelihood(plan, stream, self._decoders(state), terms, c_nll, has_statistics)
+        of_token = (2, self.number, num_tokens) if has_statistics else (self.number, num_tokens)
+        sums = terms.new_empty((plan.likelihood_chunks, *of_token))
+        launch = plan.likelihood_with_statistics if has_statistics else plan.likelihood
+        decoder = (state.x, state.parameters, state.packed, state.units)
+        launch(stream, *decoder, terms, sums, num_tokens, features, plan.stride, plan.likelihood_chunk, c_nll)
+        return sums[0] if len(sums) == 1 else sums.sum(0)
+
+    def _decoders(self, state: State) -> Decoders:
+        return decoders_of(self.plan, self.call.spec, state.x, state.parameters, state.packed, state.units)
 
     def backward(
         self, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
@@ -157,7 +168,6 @@ class Run:
         wide = partial(state.x.new_empty, dtype=torch.float32)
         d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
         d_units = state.x.new_empty(number * num_tokens * (2 * hidden + depth * width))
-        d_last = wide((plan.backward_chunks, number, num_tokens, width))
         of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
         d_posterior = wide(0 if plan.sums_fit else (number, num_tokens, 4, spec.r))
         of_features = wide((plan.feature_chunks, number, plan.num_parameters))
@@ -166,16 +176,28 @@ class Run:
         decoder = (state.x, state.parameters, state.packed, state.units)
         with on(state.x):
             stream = stream_of(state.x.device)
-            plan.backward_likelihood(stream, *decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
+            if plan.by_products:
+                rows = None if d_x is None else d_x.view(num_tokens, features)
+                at_decoder = slice(2 * hidden * features, features * spec.num_of_feature)
+                of_decoder = of_features[0, :, at_decoder]
+                decoders = self._decoders(state)
+                d_last = backward_likelihood(plan, stream, decoders, d_loss, rows, of_decoder, c.nll)
+            else:
+                d_last = wide((plan.backward_chunks, number, num_tokens, width))
+                plan.backward_likelihood(stream, *decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)
             plan.backward_latents(
                 stream, d_last, state.parameters, state.latents, state.units, d_loss, d_z1, d_units, d_posterior,
                 of_tokens, *sizes, plan.latent_blocks, float(call.scaling), *c[1:5], spec.prior_mean, spec.prior_std,
             )  # fmt: skip
-            if d_x is not None:
-                plan.backward_input(stream, *decoder, d_units, d_loss, d_x, *sizes, c.nll)
-            plan.backward_features(
-                stream, *decoder, d_units, d_loss, of_features, *sizes, plan.num_parameters, c.nll, plan.feature_chunk
-            )
+            if plan.by_products:
+                self._backward_trunks(state, d_units, rows, of_features[0])
+            else:
+                if d_x is not None:
+                    plan.backward_input(stream, *decoder, d_units, d_loss, d_x, *sizes, c.nll)
+                plan.backward_features(
+                    stream, *decoder, d_units, d_loss, of_features, *sizes, plan.num_parameters, c.nll,
+                    plan.feature_chunk,
+                )  # fmt: skip
             # The gradient of all adapters, in which each kernel's sums have their place.
             flat, first = of_features[0], features * spec.num_of_feature
             if len(of_features) > 1:
@@ -191,6 +213,18 @@ class Run:
                 plan.backward_inner(stream, state.units, d_units, of_inner, num_tokens, plan.inner_chunk)
                 torch.sum(of_inner, 0, out=inner)
         return d_x, _unflatten_dense_tensors(flat.view(-1), plan.like)
+
+    def _backward_trunks(self, state: State, d_units: Tensor, d_x: Tensor | None, of_features: Tensor) -> None:
+        """From the gradients of the trunks' products: adds to that of x (T, D), writes those of the trunks, in front of
+        `of_features` (G, ..). All adapters at once, as their weights are packed: of each high parts, then low ones."""
+        number, parts, hidden = self.number, self.plan.parts, 2 * self.call.spec.encoder_hidden
+        d_encoded = self._first(d_units, hidden)
+        columns = torch.cat([d_encoded[i] for i in range(number) for _ in range(parts)], 1)
+        size = columns.shape[1] * state.x.shape[1]
+        if d_x is not None:
+            d_x.addmm_(columns, state.packed[:size].view(columns.shape[1], -1))
+        products = wide_product(columns.t(), state.x, of_features.new_empty((columns.shape[1], state.x.shape[1])))
+        of_features[:, : size // (number * parts)] = products.view(number, parts, -1)[:, 0]
 
     def _outer_gradients(self, state: State, d_posterior: Tensor, d_units: Tensor) -> Tensor:
         """(G, num_outer): what the kernel adds up itself for small widths, in the same order."""
@@ -209,7 +243,3 @@ class Run:
                 gradients += [(d_head.mT @ values).flatten(1), d_head.sum(1)]
         z = torch.cat([z1, z2], dim=2) if spec.concat else (z1 + z2) / 2
         return torch.cat([*gradients, (d_first.mT @ z).flatten(1), d_first.sum(1)], dim=1)
-
-
-def _total(partial_sums: Tensor) -> Tensor:
-    return partial_sums[0] if len(partial_sums) == 1 else partial_sums.sum(0)

@@ -35,6 +35,7 @@ from fvae_dist.kernels.triton_backward import (
     backward_likelihood_kernel,
 )
 from fvae_dist.kernels.triton_forward import encode_kernel, latents_kernel, likelihood_kernel, pack_kernel
+from fvae_dist.kernels.triton_residual import backward_residual_kernel, residual_kernel
 
 __all__ = [
     "INTERPRETED",
@@ -43,9 +44,11 @@ __all__ = [
     "backward_input_kernel",
     "backward_latents_kernel",
     "backward_likelihood_kernel",
+    "backward_residual_kernel",
     "encode_kernel",
     "latents_kernel",
     "likelihood_kernel",
     "pack_kernel",
+    "residual_kernel",
 ]
 INTERPRETED = isinstance(latents_kernel, InterpretedFunction)

@@ -13,7 +13,7 @@ from fvae_dist import FVAELoraConfig, side_loss
 from fvae_dist.adapter import FVAELinear
 from fvae_dist.training.implementations import lone_documents_through_sdpa
 from fvae_dist.training.recipe import ModelSection
-from tests.fused import FP32_RTOL, make, make_block, run, run_block, worst
+from tests.fused import FP32_RTOL, by_products, make, make_block, run, run_block, worst
 from tests.models import LayerModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -167,7 +167,23 @@ def test_fused_kernels_match_float64(num_tokens, features, settings, dtype):
     assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name
 
 
-@pytest.mark.parametrize("num_tokens", [3, 125, 2048])
+@pytest.mark.parametrize(
+    ("num_tokens", "features", "settings", "rows"),
+    [
+        (1, 4096, {}, 8192),
+        (125, 1001, {}, 8192),
+        (300, 1024, {"r": 64, "encoder_hidden": 64}, 8192),
+        (5000, 4096, {}, 2048),  # the last of three parts is short
+        (2500, 14336, {"latent_fusion": "average", "decoder_layers": 1}, 1024),
+    ],
+    ids=str,
+)
+def test_likelihood_by_products_matches_float64(num_tokens, features, settings, rows):
+    with by_products(rows):
+        test_fused_kernels_match_float64(num_tokens, features, settings, torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 125, 2048, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_with_one_input_match_float64(num_tokens, dtype):
     widths = {"q_proj": 1024, "k_proj": 256, "v_proj": 256}
@@ -189,9 +205,10 @@ def test_layers_with_one_input_match_float64(num_tokens, dtype):
     assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name
 
 
-def test_fused_kernels_read_nothing_unwritten():
+@pytest.mark.parametrize("num_tokens", [777, 4097])
+def test_fused_kernels_read_nothing_unwritten(num_tokens):
     module = make(4096, r=16, encoder_hidden=16, decoder_layers=3).cuda()
-    x = torch.randn(777, 4096, device="cuda").bfloat16()
+    x = torch.randn(num_tokens, 4096, device="cuda").bfloat16()
     first = run(module, x, "fused")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
     try:
