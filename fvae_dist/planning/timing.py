@@ -131,7 +131,8 @@ def _host(subject: Subject, choice: Choice, traces: LayerTraces) -> float:
         modules = subject.num_layers * subject.modules_per_layer * constant("zero3_host_ms_per_module")
         tensors = len(subject.trainable_sizes) * constant("zero3_host_ms_per_adapter_tensor")
         return 1e-3 * choice.passes * (modules + tensors)
-    tensors = len(subject.trainable_sizes) if choice.stage in (1, 2) else 0
+    of_tensor = {1: "zero2", 2: "zero2", 3: "resident"}.get(choice.stage)
+    tensors = len(subject.trainable_sizes) * constant(f"{of_tensor}_host_ms_per_adapter_tensor") if of_tensor else 0.0
     kernels = 0
     for trace, count in (
         (traces.whole, subject.adapted_layers),
@@ -140,4 +141,4 @@ def _host(subject: Subject, choice: Choice, traces: LayerTraces) -> float:
         again = choice.recompute != "none"
         kernels += count * (trace.forward.num_kernels * (1 + again) + trace.backward.num_kernels)
     launches = 1e-6 * constant("host_us_per_kernel") * kernels
-    return launches + 1e-3 * constant("zero2_host_ms_per_adapter_tensor") * tensors
+    return launches + 1e-3 * tensors

@@ -29,6 +29,10 @@ OFFLOAD = ("training.activation_offload=true", "training.tiled_mlp=true")
         (2, "8b", 524_288, FUSED, "selective", SDPA, 2, OFFLOAD, 105.54, 288.398),
         (1, "1b", 4096, FUSED, "none", FLASH, 1, (), 7.94, 0.213),  # what its host's constant was fitted to
         (1, "1b", 32_768, FUSED, "full", FLASH, 1, (), 8.70, 1.738),
+        (1, "8b", 8192, FUSED, "full", FLASH, 1, (), 19.90, 1.131),
+        (1, "8b", 32_768, FUSED, "full", FLASH, 1, (), 31.34, 6.762),
+        (2, "1b", 4096, FUSED, "none", FLASH, 1, (), 7.95, 0.136),  # the same
+        (2, "1b", 32_768, FUSED, "full", FLASH, 1, (), 8.70, 1.684),
         (2, "8b", 8192, FUSED, "full", FLASH, 1, (), 19.70, 1.063),
     ],
 )
