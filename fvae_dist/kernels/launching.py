@@ -108,18 +108,27 @@ class Launch:
         self._kernel = getattr(kernels(), f"{kernel}_kernel")
         self._grid, self._constants = (*grid, 1, 1)[:3], constants
         self._last = [constants[name] for name in self._kernel.arg_names if name in constants]
-        self._compiled: dict[Any, Callable] = {}
+        # How each is run, and what that takes between the stream and the kernel's own arguments.
+        self._compiled: dict[Any, tuple[Callable, tuple]] = {}
 
-    def __call__(self, stream: int | None, *arguments: Tensor | float, kind: Any = None) -> None:
-        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones."""
-        run = self._compiled.get(kind)
-        if run is not None:
+    def __call__(
+        self, stream: int | None, *arguments: Tensor | float, many: tuple[Tensor, ...] = (), kind: Any = None
+    ) -> None:
+        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones, and
+        but for `many`, a tuple that goes before them."""
+        found = self._compiled.get(kind)
+        if found is not None:
+            run, between = found
             # Of a tensor Triton asks the driver where it is; an address it takes as it is.
-            run(*[one.data_ptr() if isinstance(one, Tensor) else one for one in arguments], *self._last, stream=stream)
+            own = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+            if many:
+                own.insert(0, tuple([one.data_ptr() for one in many]))
+            run(*self._grid, stream, *between, *own, *self._last)
             return
-        compiled = self._kernel[self._grid](*arguments, **self._constants)
+        compiled = self._kernel[self._grid](*((many,) if many else ()), *arguments, **self._constants)
         if compiled is not None:  # the interpreter compiles nothing
-            self._compiled[kind] = compiled[self._grid]
+            # As compiled[grid] runs it, but without Triton's launch hooks and what it would gather for them.
+            self._compiled[kind] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def stream_of(device: torch.device) -> int | None:
@@ -129,7 +138,7 @@ def stream_of(device: torch.device) -> int | None:
 
 def alignment_of(tensors: Iterable[Tensor]) -> tuple[bool, ...]:
     """What Triton compiles for: whether each tensor begins at a multiple of 16 bytes, as all new ones do."""
-    return tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
 
 
 class Plan:
@@ -188,8 +197,10 @@ class Plan:
         """For up-projections of at most so many numbers."""
         if widest_up not in self._pack:
             spec, block = self._spec, 1024
-            largest = max(widest_up, self._features * max(2 * spec.encoder_hidden, spec.decoder_hidden))
-            self._pack[widest_up] = self._launch("pack", (cdiv(largest, block), self._adapters), BLOCK=block)
+            widest = max(2 * spec.encoder_hidden, spec.decoder_hidden)
+            largest = max(widest_up, self._features * widest, spec.num_small)
+            grid = (cdiv(largest, block), self._adapters)
+            self._pack[widest_up] = self._launch("pack", grid, BLOCK=block, SIZES=spec.small_sizes)
         return self._pack[widest_up]
 
     def _tile(self, kernel: str) -> tuple[int, int, int, int]:
