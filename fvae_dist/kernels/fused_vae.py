@@ -120,7 +120,7 @@ class _FusedUpdates(torch.autograd.Function):
     @classmethod
     def apply(cls, *args):
         # Past `Function.apply`, whose Python looks at each tensor for what only torch.func makes.
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx, call: Call, x: Tensor, keys: Tensor, is_weight: bool, held, *tensors: Tensor):  # type: ignore[override]

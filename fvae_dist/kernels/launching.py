@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -29,9 +31,14 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def on(x: Tensor) -> torch.cuda.device:
+_HERE = nullcontext()
+
+
+def on(x: Tensor) -> AbstractContextManager:
     """Where Triton launches: it takes the current device, which need not be x's."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 @lru_cache
@@ -115,15 +122,17 @@ class Launch:
         self, stream: int | None, *arguments: Tensor | float, many: tuple[Tensor, ...] = (), kind: Any = None
     ) -> None:
         """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones, and
-        but for `many`, a tuple that goes before them."""
+        but for `many`, a tuple before them, of whose alignment `kind` need not tell."""
+        first: tuple = ()
+        if many:
+            first = (tuple([one.data_ptr() for one in many]),)
+            kind = kind, tuple([address % 16 == 0 for address in first[0]])
         found = self._compiled.get(kind)
         if found is not None:
             run, between = found
             # Of a tensor Triton asks the driver where it is; an address it takes as it is.
             own = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
-            if many:
-                own.insert(0, tuple([one.data_ptr() for one in many]))
-            run(*self._grid, stream, *between, *own, *self._last)
+            run(*self._grid, stream, *between, *first, *own, *self._last)
             return
         compiled = self._kernel[self._grid](*((many,) if many else ()), *arguments, **self._constants)
         if compiled is not None:  # the interpreter compiles nothing
@@ -158,9 +167,10 @@ class Plan:
         self.num_packed = features * (2 * self.parts * spec.encoder_hidden + spec.decoder_hidden)
         self.stride = 2 * features + spec.num_small
         self.num_parameters = features * spec.num_of_feature + spec.num_small
-        # Only their sizes count: what the gradient is split into.
+        # What the gradient is split into, and what is then to be viewed in another shape.
         shapes = adapters * spec.shapes(features)
-        self.like = [torch.empty(shape, device="meta") for shape in shapes]
+        self.sizes = [math.prod(shape) for shape in shapes]
+        self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
         # The widest up-projection may be wider than everything else.
         self._pack: dict[int, Launch] = {}
         blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")

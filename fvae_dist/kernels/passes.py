@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
 from fvae_dist.kernels.launching import Plan, alignment_of, on, plan_of, stream_of
 from fvae_dist.kernels.spec import Spec
@@ -137,7 +136,7 @@ class Run:
             others = tuple(
                 [one if one.is_contiguous() else one.contiguous() for of in of_adapters for one in of[_WIDE:]]
             )
-            kind = alignment_of((*packing, *others))
+            kind = alignment_of(packing)
             packing += packing[:4] * (MAX_ADAPTERS - number)
             plan.pack(max(sizes_up))(
                 stream, *packing, state.packed, state.parameters, features, plan.stride, *sizes_up, many=others,
@@ -211,7 +210,11 @@ class Run:
                 of_inner = wide((plan.inner_chunks, *inner.shape))
                 plan.backward_inner(stream, state.units, d_units, of_inner, num_tokens, plan.inner_chunk)
                 torch.sum(of_inner, 0, out=inner)
-        return d_x, _unflatten_dense_tensors(flat.view(-1), plan.like)
+        # "Unsafe" if the whole were used again; half as many operations as torch's own unflattening.
+        gradients = list(torch.unsafe_split_with_sizes(flat.view(-1), plan.sizes))
+        for i, shape in plan.matrices:
+            gradients[i] = gradients[i].view(shape)
+        return d_x, gradients
 
     def _outer_gradients(self, state: State, d_posterior: Tensor, d_units: Tensor) -> Tensor:
         """(G, num_outer): what the kernel adds up itself for small widths, in the same order."""
