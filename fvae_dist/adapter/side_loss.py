@@ -140,7 +140,8 @@ class Collector:
         """(L,), over the counted tokens, differentiable."""
 
         def sums(same: list[_Report]) -> Tensor:
-            return (torch.stack([report.neg_elbo.flatten() for report in same]) * same[0].mask).sum(-1)
+            rows = [report.neg_elbo.flatten() for report in same]
+            return ((rows[0][None] if len(rows) == 1 else torch.stack(rows)) * same[0].mask).sum(-1)
 
         return self._over_reports(sums)
 
@@ -153,7 +154,8 @@ class Collector:
         groups: dict[int, list[_Report]] = {}
         for report in self._reports:
             groups.setdefault(id(report.mask), []).append(report)
-        values = torch.cat([of_same_mask(same) for same in groups.values()])
+        parts = [of_same_mask(same) for same in groups.values()]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._by_entry(values, [report.entry for same in groups.values() for report in same])
 
     def _by_entry(self, values: Tensor, order: list[int]) -> Tensor:
@@ -171,7 +173,7 @@ class Collector:
         for entries in groups.values():
             of_adapter = per_layer if len(groups) == 1 else per_layer[[entry.index for entry in entries]]
             totals.append(of_adapter.sum() if entries[0].config.side_loss_reduction == "sum" else of_adapter.mean())
-        return torch.stack(totals).sum()
+        return totals[0] if len(totals) == 1 else torch.stack(totals).sum()
 
     def _require_reports(self) -> None:
         if not self._entries:

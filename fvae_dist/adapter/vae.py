@@ -132,6 +132,12 @@ def _log_kernel(choice: str) -> None:
     logger.info("adapter kernel: %s", choice)
 
 
+@lru_cache
+def _one(spec: Spec) -> Spec:
+    """The same object for equal ones, which are soon found to be equal."""
+    return spec
+
+
 def _fused_spec(config: FVAELoraConfig) -> tuple[Spec, str | None]:
     """What the fused kernels need to know, and why they cannot compute an adapter of this kind (None: they can)."""
     spec = Spec(
@@ -146,6 +152,7 @@ def _fused_spec(config: FVAELoraConfig) -> tuple[Spec, str | None]:
         prior_std=config.z2_prior_std,
         coefficients=coefficients(config),
     )
+    spec = _one(spec)
     if config.encoder_layers != 1:
         return spec, f"encoder_layers {config.encoder_layers} is not 1"
     if not config.encoder_shared_trunk:
@@ -163,8 +170,8 @@ class FactorizedVAE(Fp32Module):
         self.config = config
         self.encoder1 = Encoder(in_features, config)
         self.fused_spec, self.fused_problem = _fused_spec(config)
-        # Modules and names of the kernels' parameters, in their order; filled at the first use.
-        self._fused_owners: list[tuple[nn.Module, str]] = []
+        # Modules' dicts and names of the kernels' parameters, in their order; filled at the first use.
+        self._fused_owners: list[tuple[dict[str, Any], str]] = []
         if not config.inference_only:
             self.encoder2 = Encoder(in_features, config)
             self.decoder = Decoder(in_features, config)
@@ -232,7 +239,7 @@ class FactorizedVAE(Fp32Module):
             reason: str | None = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
         else:  # asked last: it imports Triton
             reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
-        if reason is None and not self.encoder1.mean.weight.numel():
+        if reason is None and not self._modules["encoder1"]._modules["mean"]._parameters["weight"].numel():  # type: ignore[union-attr]
             reason = "ZeRO-3 gathers the adapter's weights one by one; FVAETrainerMixin makes each adapter one unit"
         if reason and kernel == "fused":
             raise ValueError(f"kernel 'fused' cannot be used: {reason}; use 'auto' or 'torch'")
@@ -256,9 +263,10 @@ class FactorizedVAE(Fp32Module):
             output = self.decoder.output
             large = [(trunks[0], "weight"), (trunks[1], "weight"), (output, "weight"), (output, "bias")]
             small = [(trunk, "bias") for trunk in trunks]
-            self._fused_owners = [*large, (self.decoder, "scale"), *small, *inner]
-        # Past nn.Module's __getattr__, which is slow.
-        return [module._parameters[name] for module, name in self._fused_owners]  # type: ignore[misc]
+            owners = [*large, (self.decoder, "scale"), *small, *inner]
+            # Past nn.Module's __getattr__, which is slow.
+            self._fused_owners = [(module._parameters, name) for module, name in owners]
+        return [parameters[name] for parameters, name in self._fused_owners]
 
     def fused_statistics(self, x: Tensor, side: Side) -> tuple[Tensor, ...]:
         """The fields of `TokenStatistics` for x (..., D)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fvae_dist.kernels.launching import kernels
-from fvae_dist.kernels.passes import Call, Run, State
+from fvae_dist.kernels.passes import Call, Run
 from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
@@ -99,7 +99,7 @@ class _FusedVAE(torch.autograd.Function):
     def forward(ctx, call: Call, x: Tensor, keys: Tensor, *parameters: Tensor):  # type: ignore[override]
         ctx.run = run = Run(call, x, 1)
         state, loss, statistics = run.forward(x, keys, parameters)
-        ctx.save_for_backward(*state)
+        ctx.save_for_backward(*state[:3])
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         leading = x.shape[:-1]
@@ -108,7 +108,7 @@ class _FusedVAE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z1, d_loss, *_):  # type: ignore[override]
-        state = State(*ctx.saved_tensors)
+        state = ctx.run.state_of(*ctx.saved_tensors)
         shape = (1, ctx.run.num_tokens, ctx.run.call.spec.r)
         d_rows = state.latents.new_empty(shape)
         d_rows = d_rows.zero_() if d_z1 is None else d_rows.copy_(d_z1.reshape(shape))
@@ -117,6 +117,11 @@ class _FusedVAE(torch.autograd.Function):
 
 
 class _FusedUpdates(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args):
+        # Past `Function.apply`, whose Python looks at each tensor for what only torch.func makes.
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
     @staticmethod
     def forward(ctx, call: Call, x: Tensor, keys: Tensor, is_weight: bool, held, *tensors: Tensor):  # type: ignore[override]
         number, leading, tensors = len(call.salts), x.shape[:-1], held or tensors
@@ -124,7 +129,10 @@ class _FusedUpdates(torch.autograd.Function):
         ctx.run = run = Run(call, x, number)
         state, loss, statistics = run.forward(x, keys, parameters, ups)
         ctx.up_shapes = [up.shape for up in ups]
-        ctx.save_for_backward(*state, *(bases if is_weight else ()))
+        ctx.save_for_backward(*state[:3])
+        # Weights stay where they are: hooks on saved tensors, checkpointing's, would only take time over them.
+        ctx.weights = bases if is_weight else ()
+        ctx.versions = [weight._version for weight in ctx.weights]
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         outputs = []
@@ -139,8 +147,10 @@ class _FusedUpdates(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # type: ignore[override]
-        run, (*saved,) = ctx.run, ctx.saved_tensors
-        number, state, weights = len(ctx.up_shapes), State(*saved[: len(State._fields)]), saved[len(State._fields) :]
+        run, number, weights = ctx.run, len(ctx.up_shapes), ctx.weights
+        if [weight._version for weight in weights] != ctx.versions:
+            raise RuntimeError("a base layer's weight was modified in place between forward and backward")
+        state = run.state_of(*ctx.saved_tensors)
         d_outputs, d_losses = gradients[:number], gradients[number : 2 * number]
         d_z1 = state.latents.new_empty((number, run.num_tokens, run.call.spec.r))
         d_ups: list[Tensor | None] = [None] * number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -29,9 +31,14 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def on(x: Tensor) -> torch.cuda.device:
+_HERE = nullcontext()
+
+
+def on(x: Tensor) -> AbstractContextManager:
     """Where Triton launches: it takes the current device, which need not be x's."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 @lru_cache
@@ -116,18 +123,29 @@ class Launch:
         self._kernel = getattr(kernels(), f"{kernel}_kernel")
         self._grid, self._constants = (*grid, 1, 1)[:3], constants
         self._last = [constants[name] for name in self._kernel.arg_names if name in constants]
-        self._compiled: dict[Any, Callable] = {}
+        # How each is run, and what that takes between the stream and the kernel's own arguments.
+        self._compiled: dict[Any, tuple[Callable, tuple]] = {}
 
-    def __call__(self, stream: int | None, *arguments: Tensor | float, kind: Any = None) -> None:
-        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones."""
-        run = self._compiled.get(kind)
-        if run is not None:
+    def __call__(
+        self, stream: int | None, *arguments: Tensor | float, many: tuple[Tensor, ...] = (), kind: Any = None
+    ) -> None:
+        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones, and
+        but for `many`, a tuple before them, of whose alignment `kind` need not tell."""
+        first: tuple = ()
+        if many:
+            first = (tuple([one.data_ptr() for one in many]),)
+            kind = kind, tuple([address % 16 == 0 for address in first[0]])
+        found = self._compiled.get(kind)
+        if found is not None:
+            run, between = found
             # Of a tensor Triton asks the driver where it is; an address it takes as it is.
-            run(*[one.data_ptr() if isinstance(one, Tensor) else one for one in arguments], *self._last, stream=stream)
+            own = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+            run(*self._grid, stream, *between, *first, *own, *self._last)
             return
-        compiled = self._kernel[self._grid](*arguments, **self._constants)
+        compiled = self._kernel[self._grid](*((many,) if many else ()), *arguments, **self._constants)
         if compiled is not None:  # the interpreter compiles nothing
-            self._compiled[kind] = compiled[self._grid]
+            # As compiled[grid] runs it, but without Triton's launch hooks and what it would gather for them.
+            self._compiled[kind] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def stream_of(device: torch.device) -> int | None:
@@ -137,7 +155,7 @@ def stream_of(device: torch.device) -> int | None:
 
 def alignment_of(tensors: Iterable[Tensor]) -> tuple[bool, ...]:
     """What Triton compiles for: whether each tensor begins at a multiple of 16 bytes, as all new ones do."""
-    return tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
 
 
 class Plan:
@@ -157,9 +175,10 @@ class Plan:
         self.num_packed = features * (2 * self.parts * spec.encoder_hidden + spec.decoder_hidden)
         self.stride = 2 * features + spec.num_small
         self.num_parameters = features * spec.num_of_feature + spec.num_small
-        # Only their sizes count: what the gradient is split into.
+        # What the gradient is split into, and what is then to be viewed in another shape.
         shapes = adapters * spec.shapes(features)
-        self.like = [torch.empty(shape, device="meta") for shape in shapes]
+        self.sizes = [math.prod(shape) for shape in shapes]
+        self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
         # The widest up-projection may be wider than everything else.
         self._pack: dict[int, Launch] = {}
         blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
@@ -218,8 +237,10 @@ class Plan:
         """For up-projections of at most so many numbers."""
         if widest_up not in self._pack:
             spec, block = self._spec, 1024
-            largest = max(widest_up, self._features * max(2 * spec.encoder_hidden, spec.decoder_hidden))
-            self._pack[widest_up] = self._launch("pack", (cdiv(largest, block), self.adapters), BLOCK=block)
+            widest = max(2 * spec.encoder_hidden, spec.decoder_hidden)
+            largest = max(widest_up, self._features * widest, spec.num_small)
+            grid = (cdiv(largest, block), self.adapters)
+            self._pack[widest_up] = self._launch("pack", grid, BLOCK=block, SIZES=spec.small_sizes)
         return self._pack[widest_up]
 
     def _tile(self, kernel: str) -> tuple[int, int, int, int]:

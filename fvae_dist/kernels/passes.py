@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fvae_dist.kernels.launching import Plan, alignment_of, on, plan_of, stream_of
 from fvae_dist.kernels.likelihood import Decoders, backward_likelihood, decoders_of, likelihood
@@ -36,10 +35,13 @@ class Call:
 
 
 class State(NamedTuple):
-    """What the backward needs, of all G adapters.
+    """What the backward needs, of all G adapters. Hooks on saved tensors, such as checkpointing's, take their time over
+    each one: the first three are saved, the others are parts of them.
 
     Attributes:
         x: the rows (T, D).
+        wide: parameters and latents.
+        narrow: packed and units.
         parameters: fp32 (G, ...), but for the wide weights.
         packed: these in x's dtype, see `vae_triton`; the up-projections (O, R) behind all others.
         latents: fp32; z1, z2 (G, T, R each), the trunks' hidden units (G, T, 2H), the posterior (G, T, 4, R).
@@ -47,6 +49,8 @@ class State(NamedTuple):
     """
 
     x: Tensor
+    wide: Tensor
+    narrow: Tensor
     parameters: Tensor
     packed: Tensor
     latents: Tensor
@@ -61,6 +65,15 @@ class Run:
         features = x.shape[-1]
         self.num_tokens = x.numel() // features
         self.plan: Plan = plan_of(call.spec, x.dtype, (self.num_tokens, features), number, x.device)
+        # Of the two saved buffers, how long their parts are; known in the forward.
+        self.parts: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+
+    def state_of(self, x: Tensor, wide: Tensor, narrow: Tensor) -> State:
+        """From what was saved."""
+        of_wide, of_narrow = self.parts
+        parameters, latents = wide.split_with_sizes(of_wide)
+        packed, units = narrow.split_with_sizes(of_narrow)
+        return State(x, wide, narrow, parameters, packed, latents, units)
 
     def z1_of(self, state: State) -> Tensor:
         """(G, T, R), fp32"""
@@ -104,13 +117,14 @@ class Run:
         each = len(parameters) // number
         of_adapters = [parameters[i * each : (i + 1) * each] for i in range(number)]
         sizes_up = [up.numel() for up in ups] + [0] * (MAX_ADAPTERS - len(ups))
-        state = State(
-            rows if rows.data_ptr() % 16 == 0 else rows.clone(),
-            _flatten_dense_tensors([one for of in of_adapters for one in of[_WIDE:]]),
-            x.new_empty(number * plan.num_packed + sum(sizes_up)),
-            wide(number * num_tokens * (6 * r + 2 * hidden)),
-            x.new_empty(number * num_tokens * (r + spec.decoder_layers * spec.decoder_hidden)),
+        of_wide = (_aligned(number * plan.stride), number * num_tokens * (6 * r + 2 * hidden))
+        of_narrow = (
+            _aligned(number * plan.num_packed + sum(sizes_up)),
+            number * num_tokens * (r + spec.decoder_layers * spec.decoder_hidden),
         )
+        self.parts = of_wide, of_narrow
+        rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
+        state = self.state_of(rows, wide(sum(of_wide)), x.new_empty(sum(of_narrow)))
         terms = wide((number, 5, num_tokens))
         statistics: tuple[Tensor, ...] = ()
         with on(x):
@@ -121,9 +135,15 @@ class Run:
                 for i in range(number)
                 for one in (*of_adapters[i][:_WIDE], ups[i] if ups else state.parameters)
             ]
+            others = tuple(
+                [one if one.is_contiguous() else one.contiguous() for of in of_adapters for one in of[_WIDE:]]
+            )
             kind = alignment_of(packing)
             packing += packing[:4] * (MAX_ADAPTERS - number)
-            plan.pack(max(sizes_up))(stream, *packing, state.packed, features, *sizes_up, kind=kind)
+            plan.pack(max(sizes_up))(
+                stream, *packing, state.packed, state.parameters, features, plan.stride, *sizes_up, many=others,
+                kind=kind,
+            )  # fmt: skip
             products = wide((plan.encode_chunks, number, num_tokens, 2 * hidden))
             plan.encode(stream, state.x, state.packed, products, num_tokens, features, plan.encode_chunk)
             salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
@@ -166,7 +186,9 @@ class Run:
         spec, c, features = call.spec, call.spec.coefficients, self.shape[-1]
         hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
         wide = partial(state.x.new_empty, dtype=torch.float32)
-        d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
+        d_loss = d_losses[0]
+        if d_loss is None or not _is_one_block(d_losses, num_tokens):
+            d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
         d_units = state.x.new_empty(number * num_tokens * (2 * hidden + depth * width))
         of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
         d_posterior = wide(0 if plan.sums_fit else (number, num_tokens, 4, spec.r))
@@ -212,7 +234,11 @@ class Run:
                 of_inner = wide((plan.inner_chunks, *inner.shape))
                 plan.backward_inner(stream, state.units, d_units, of_inner, num_tokens, plan.inner_chunk)
                 torch.sum(of_inner, 0, out=inner)
-        return d_x, _unflatten_dense_tensors(flat.view(-1), plan.like)
+        # "Unsafe" if the whole were used again; half as many operations as torch's own unflattening.
+        gradients = list(torch.unsafe_split_with_sizes(flat.view(-1), plan.sizes))
+        for i, shape in plan.matrices:
+            gradients[i] = gradients[i].view(shape)
+        return d_x, gradients
 
     def _backward_trunks(self, state: State, d_units: Tensor, d_x: Tensor | None, of_features: Tensor) -> None:
         """From the gradients of the trunks' products: adds to that of x (T, D), writes those of the trunks, in front of
@@ -243,3 +269,18 @@ class Run:
                 gradients += [(d_head.mT @ values).flatten(1), d_head.sum(1)]
         z = torch.cat([z1, z2], dim=2) if spec.concat else (z1 + z2) / 2
         return torch.cat([*gradients, (d_first.mT @ z).flatten(1), d_first.sum(1)], dim=1)
+
+
+def _aligned(size: int) -> int:
+    """So many numbers or a few more, that what stands behind them begins at a multiple of 16 bytes."""
+    return (size + 7) & -8
+
+
+def _is_one_block(tensors: Sequence[Tensor | None], size: int) -> bool:
+    """Whether these, fp32 and of that size each, stand in memory as kernels expect it of one new tensor: gradients of
+    layers that reported one after the other do."""
+    first = tensors[0].data_ptr() if tensors[0] is not None else 1
+    return first % 16 == 0 and all(
+        one is not None and one.is_contiguous() and one.data_ptr() == first + 4 * size * i
+        for i, one in enumerate(tensors)
+    )

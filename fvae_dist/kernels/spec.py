@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +44,11 @@ class Spec:
         r, hidden, width = self.r, self.encoder_hidden, self.decoder_hidden
         first = (2 * r if self.concat else r) * width + width
         return 2 * hidden + 4 * r * (hidden + 1) + first + (self.decoder_layers - 1) * width * (width + 1)
+
+    @property
+    def small_sizes(self) -> tuple[int, ...]:
+        """Numbers of each of these."""
+        return tuple(math.prod(shape) for shape in self.shapes(0)[5:])
 
     @property
     def num_outer(self) -> int:

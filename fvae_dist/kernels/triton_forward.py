@@ -24,13 +24,22 @@ from fvae_dist.kernels.triton_parts import (
 
 
 @triton.jit
+def _copy(source, target, size, BLOCK: tl.constexpr):
+    """The block of `size` numbers that is this program's, if there is one."""
+    if tl.program_id(0) * BLOCK < size:
+        index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(target + index, tl.load(source + index, mask=index < size, other=0.0), mask=index < size)
+
+
+@triton.jit
 def pack_kernel(
-    trunk1_0, trunk2_0, out_0, up_0, trunk1_1, trunk2_1, out_1, up_1, trunk1_2, trunk2_2, out_2, up_2, packed_ptr, D,
-    num_up_0, num_up_1, num_up_2, H: tl.constexpr, W: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    others, trunk1_0, trunk2_0, out_0, up_0, trunk1_1, trunk2_1, out_1, up_1, trunk1_2, trunk2_2, out_2, up_2,
+    packed_ptr, parameters_ptr, D, stride, num_up_0, num_up_1, num_up_2, H: tl.constexpr, W: tl.constexpr,
+    G: tl.constexpr, PARTS: tl.constexpr, SIZES: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The wide weights of all adapters in x's dtype: of both trunks (G, PARTS, 2H, D), for 16 bit in two parts, which
-    is as exact as a 16-bit x allows; the decoder's output weight (G, D, W); the up-projections, one after the other."""
+    is as exact as a 16-bit x allows; the decoder's output weight (G, D, W); the up-projections, one after the other.
+    The `others` of all adapters, of D numbers (the first two) and of SIZES, as they are: parameters (G, stride)."""
     ELEMENT: tl.constexpr = packed_ptr.dtype.element_ty
     of = tl.program_id(1)
     trunk1, trunk2, out, up, num_up, first_up = trunk1_0, trunk2_0, out_0, up_0, num_up_0, 0
@@ -52,6 +61,17 @@ def pack_kernel(
     tl.store(narrow + of * (D * W) + index, cast(value, ELEMENT, INTERPRETED), mask=index < D * W)
     value = tl.load(up + index, mask=index < num_up, other=0.0)
     tl.store(narrow + G * D * W + first_up + index, cast(value, ELEMENT, INTERPRETED), mask=index < num_up)
+    N: tl.constexpr = len(SIZES) + 2
+    parameters_ptr += of * stride
+    for i in tl.static_range(N):
+        other = others[i]
+        if G > 1 and of == 1:
+            other = others[N + i]
+        if G > 2 and of == 2:
+            other = others[2 * N + i]
+        size = D if i < 2 else SIZES[i - 2]
+        _copy(other, parameters_ptr, size, BLOCK)
+        parameters_ptr += size
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -287,17 +287,18 @@ for r in (16,):
         kernel = getattr(vae_triton, name + "_kernel")
         constants = launching.constants_of(spec, torch.bfloat16) | {
             "BT": tile[0], "BD": min(tile[1], 32) if r > 32 else tile[1], "STATS": True, "PARTS": 2, "CHUNKS": 4,
-            "G": 3, "BLOCK": 1024, "SUMS": spec.sums_fit, "NEEDS_X": True}
+            "G": 3, "BLOCK": 1024, "SUMS": spec.sums_fit, "SIZES": spec.small_sizes, "NEEDS_X": True}
         constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
         def type_of(n):
             if n in constants: return "constexpr"
             if n in INTEGERS: return INTEGERS[n]
             if n == "keys_ptr": return "*i64"
+            if n == "others": return ("*fp32",) * (3 * (2 + len(spec.small_sizes)))
             if n in FP32 or n.startswith(("trunk1_", "trunk2_", "out_0", "out_1", "out_2", "up_")): return "*fp32"
             return "*bf16" if n.endswith("_ptr") else "fp32"
         signature = {n: type_of(n) for n in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-                   if signature[n].startswith("*") or n in ("D", "chunk")}
+                   if signature[n][0] == "*" or n in ("D", "chunk")}
         source = ASTSource(fn=kernel, signature=signature, attrs=aligned,
                            constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
         options = {"num_warps": tile[2], "num_stages": tile[3]}

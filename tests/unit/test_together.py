@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from fvae_dist.adapter import together
-from fvae_dist.kernels import launching
+from fvae_dist.adapter import side_loss, together
+from fvae_dist.adapter.noise import TokenNoise
+from fvae_dist.kernels import launching, passes
 from tests.fused import make_block, run_block
 
 pytestmark = pytest.mark.skipif(
@@ -103,6 +104,37 @@ def test_saved_tensors_may_come_back_inside_of_another():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, inside):
         found = run_block(model, X)[0]
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_losses_need_not_stand_in_one_block(monkeypatch):
+    """The collector's gradients do, and are read where they are."""
+    found: list[bool] = []
+    real = passes._is_one_block
+    monkeypatch.setattr(passes, "_is_one_block", lambda *args: found.append(real(*args)) or found[-1])
+    gradients = []
+    for is_collected in (True, False):
+        model = make_block(20, QKV, "fused")
+        noise = TokenNoise({"input_ids": torch.arange(16).view(2, 8)}, seed=1, step=2)
+        x = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(3))
+        with side_loss.collect(model, noise=noise, terms=False) as collected:
+            model(x)
+        losses = [report.neg_elbo for report in collected._reports]
+        (collected.neg_elbo_sum if is_collected else sum(loss.sum() for loss in losses) / 3).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found == [True, False]
+    assert gradients[0] and gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+
+
+def test_a_weight_that_changes_before_the_backward_is_an_error():
+    model = make_block(20, QKV, "fused")
+    with side_loss.collect(model):
+        outputs = model(X.clone().requires_grad_())
+    weight = model.base_model.model.k_proj.base_layer.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        outputs[0].sum().backward()
 
 
 def test_a_layer_with_another_input_computes_alone(calls):
