@@ -187,7 +187,7 @@ class Run:
         hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
         wide = partial(state.x.new_empty, dtype=torch.float32)
         d_loss = d_losses[0]
-        if d_loss is None or not _is_one_block(d_losses, num_tokens):
+        if d_loss is None or not _is_one_block(d_loss, d_losses, num_tokens):
             d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
         d_units = state.x.new_empty(number * num_tokens * (2 * hidden + depth * width))
         of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
@@ -276,11 +276,10 @@ def _aligned(size: int) -> int:
     return (size + 7) & -8
 
 
-def _is_one_block(tensors: Sequence[Tensor | None], size: int) -> bool:
+def _is_one_block(first: Tensor, tensors: Sequence[Tensor | None], size: int) -> bool:
     """Whether these, fp32 and of that size each, stand in memory as kernels expect it of one new tensor: gradients of
     layers that reported one after the other do."""
-    first = tensors[0].data_ptr() if tensors[0] is not None else 1
-    return first % 16 == 0 and all(
-        one is not None and one.is_contiguous() and one.data_ptr() == first + 4 * size * i
-        for i, one in enumerate(tensors)
+    at = first.data_ptr()
+    return at % 16 == 0 and all(
+        one is not None and one.is_contiguous() and one.data_ptr() == at + 4 * size * i for i, one in enumerate(tensors)
     )
