@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -107,7 +108,8 @@ _INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _
 
 
 # Tokens from which on the likelihood's products are the matrix library's (`likelihood.py`), and of how many at a time.
-PRODUCT_TOKENS, PRODUCT_ROWS = 4096, 8192
+# For none: that way has not been timed on a GPU yet (docs/performance.md).
+PRODUCT_TOKENS, PRODUCT_ROWS = sys.maxsize, 8192
 
 
 class Launch:

@@ -1,8 +1,8 @@
 """The decoder's likelihood of many tokens: its products by the matrix library, `PRODUCT_ROWS` tokens at a time.
 
 The kernels that compute the reconstruction tile by tile (`vae_triton`) write nothing of it, but may not use Hopper's
-warp-group products; from some thousand tokens on, these in cuBLAS gain more than a few tokens' reconstruction costs to
-write and to read again, most of it in the cache.
+warp-group products. Here cuBLAS does, at the price of writing and reading the reconstruction; docs/performance.md says
+what is expected of that, and `launching.PRODUCT_TOKENS` from which length on it is done.
 """
 
 from __future__ import annotations
