@@ -61,8 +61,10 @@ def by_products(rows: int) -> Iterator[None]:
     """In 16 bit the likelihood by the matrix library's products, so many tokens at a time, however few there are."""
     with patch.object(launching, "PRODUCT_TOKENS", 1), patch.object(launching, "PRODUCT_ROWS", rows):
         launching.plan_of.cache_clear()
-        yield
-    launching.plan_of.cache_clear()
+        try:
+            yield
+        finally:
+            launching.plan_of.cache_clear()
 
 
 class Projections(nn.Module):

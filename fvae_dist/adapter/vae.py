@@ -170,8 +170,8 @@ class FactorizedVAE(Fp32Module):
         self.config = config
         self.encoder1 = Encoder(in_features, config)
         self.fused_spec, self.fused_problem = _fused_spec(config)
-        # Modules' dicts and names of the kernels' parameters, in their order; filled at the first use.
-        self._fused_owners: list[tuple[dict[str, Any], str]] = []
+        # Modules and names of the kernels' parameters, in their order; filled at the first use.
+        self._fused_owners: list[tuple[nn.Module, str]] = []
         if not config.inference_only:
             self.encoder2 = Encoder(in_features, config)
             self.decoder = Decoder(in_features, config)
@@ -239,7 +239,10 @@ class FactorizedVAE(Fp32Module):
             reason: str | None = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
         else:  # asked last: it imports Triton
             reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
-        if reason is None and not self._modules["encoder1"]._modules["mean"]._parameters["weight"].numel():  # type: ignore[union-attr]
+        weight: Any = self._modules["encoder1"]._modules["mean"]._parameters["weight"]  # type: ignore[union-attr]
+        if reason is None and weight.device != x.device:  # kernels are told addresses, and would not notice
+            reason = f"the adapter is on {weight.device}, its input on {x.device}"
+        if reason is None and not weight.numel():
             reason = "ZeRO-3 gathers the adapter's weights one by one; FVAETrainerMixin makes each adapter one unit"
         if reason and kernel == "fused":
             raise ValueError(f"kernel 'fused' cannot be used: {reason}; use 'auto' or 'torch'")
@@ -263,10 +266,9 @@ class FactorizedVAE(Fp32Module):
             output = self.decoder.output
             large = [(trunks[0], "weight"), (trunks[1], "weight"), (output, "weight"), (output, "bias")]
             small = [(trunk, "bias") for trunk in trunks]
-            owners = [*large, (self.decoder, "scale"), *small, *inner]
-            # Past nn.Module's __getattr__, which is slow.
-            self._fused_owners = [(module._parameters, name) for module, name in owners]
-        return [parameters[name] for parameters, name in self._fused_owners]
+            self._fused_owners = [*large, (self.decoder, "scale"), *small, *inner]
+        # Past nn.Module's __getattr__, which is slow.
+        return [module._parameters[name] for module, name in self._fused_owners]  # type: ignore[misc]
 
     def fused_statistics(self, x: Tensor, side: Side) -> tuple[Tensor, ...]:
         """The fields of `TokenStatistics` for x (..., D)."""

@@ -88,7 +88,7 @@ def fused_updates(
     number, tensors = len(bases), (*bases, *parameters, *ups)
     # Autograd takes a microsecond or two for each tensor that it is told of.
     held = tensors if call.recomputes and x.requires_grad else None
-    found = _FusedUpdates.apply(call, x, keys, is_weight, held, *(() if held else tensors))
+    found = _apply_updates(call, x, keys, is_weight, held, *(() if held else tensors))
     statistics = found[2 * number :]
     sides = [Side(loss, *(part[i] for part in statistics)) for i, loss in enumerate(found[number : 2 * number])]
     return found[:number], sides
@@ -117,11 +117,6 @@ class _FusedVAE(torch.autograd.Function):
 
 
 class _FusedUpdates(torch.autograd.Function):
-    @classmethod
-    def apply(cls, *args):
-        # Past `Function.apply`, whose Python looks at each tensor for what only torch.func makes.
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
     @staticmethod
     def forward(ctx, call: Call, x: Tensor, keys: Tensor, is_weight: bool, held, *tensors: Tensor):  # type: ignore[override]
         number, leading, tensors = len(call.salts), x.shape[:-1], held or tensors
@@ -169,3 +164,8 @@ class _FusedUpdates(torch.autograd.Function):
                     d_x.view(run.num_tokens, -1).addmm_(rows, weight)
         d_bases = [None] * number if weights else d_outputs
         return None, d_x, None, None, None, *d_bases, *of_parameters, *d_ups
+
+
+# Past `Function.apply`, whose Python looks at each tensor for what only torch.func makes. Not by a method of the class,
+# which torch.compile could not trace.
+_apply_updates = super(torch.autograd.Function, _FusedUpdates).apply  # type: ignore[misc]

@@ -181,8 +181,7 @@ class Plan:
         shapes = adapters * spec.shapes(features)
         self.sizes = [math.prod(shape) for shape in shapes]
         self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
-        # The widest up-projection may be wider than everything else.
-        self._pack: dict[int, Launch] = {}
+        self._pack: dict[tuple[int, ...], Launch] = {}
         blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
         self.encode = self._launch("encode", (blocks, self.encode_chunks))
         blocks = adapters * self._blocks("latents")
@@ -235,15 +234,15 @@ class Plan:
         self.backward_residual = self._launch("backward_residual", grid, NEEDS_X=False)
         self.backward_residual_to_x = self._launch("backward_residual", grid, NEEDS_X=True)
 
-    def pack(self, widest_up: int) -> Launch:
-        """For up-projections of at most so many numbers."""
-        if widest_up not in self._pack:
+    def pack(self, sizes_up: tuple[int, ...]) -> Launch:
+        """For up-projections of so many numbers each, for which Triton compiles."""
+        if sizes_up not in self._pack:
             spec, block = self._spec, 1024
             widest = max(2 * spec.encoder_hidden, spec.decoder_hidden)
-            largest = max(widest_up, self._features * widest, spec.num_small)
+            largest = max(*sizes_up, self._features * widest, spec.num_small)
             grid = (cdiv(largest, block), self.adapters)
-            self._pack[widest_up] = self._launch("pack", grid, BLOCK=block, SIZES=spec.small_sizes)
-        return self._pack[widest_up]
+            self._pack[sizes_up] = self._launch("pack", grid, BLOCK=block, SIZES=spec.small_sizes)
+        return self._pack[sizes_up]
 
     def _tile(self, kernel: str) -> tuple[int, int, int, int]:
         exact = self._dtype == torch.float32

@@ -116,7 +116,7 @@ class Run:
         wide = partial(x.new_empty, dtype=torch.float32)
         each = len(parameters) // number
         of_adapters = [parameters[i * each : (i + 1) * each] for i in range(number)]
-        sizes_up = [up.numel() for up in ups] + [0] * (MAX_ADAPTERS - len(ups))
+        sizes_up = (*[up.numel() for up in ups], *[0] * (MAX_ADAPTERS - len(ups)))
         of_wide = (_aligned(number * plan.stride), number * num_tokens * (6 * r + 2 * hidden))
         of_narrow = (
             _aligned(number * plan.num_packed + sum(sizes_up)),
@@ -140,7 +140,7 @@ class Run:
             )
             kind = alignment_of(packing)
             packing += packing[:4] * (MAX_ADAPTERS - number)
-            plan.pack(max(sizes_up))(
+            plan.pack(sizes_up)(
                 stream, *packing, state.packed, state.parameters, features, plan.stride, *sizes_up, many=others,
                 kind=kind,
             )  # fmt: skip

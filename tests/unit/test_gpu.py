@@ -1,6 +1,7 @@
 """What only a GPU shows; run with tests/run.sh -m gpu."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -183,9 +184,14 @@ def test_likelihood_by_products_matches_float64(num_tokens, features, settings, 
         test_fused_kernels_match_float64(num_tokens, features, settings, torch.bfloat16)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 125, 2048, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_with_one_input_match_float64(num_tokens, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "rows"),
+    [
+        *((dtype, num_tokens, 0) for dtype in (torch.float32, torch.bfloat16) for num_tokens in (3, 125, 2048)),
+        (torch.bfloat16, 2048, 768),
+    ],
+)
+def test_layers_with_one_input_match_float64(dtype, num_tokens, rows):
     widths = {"q_proj": 1024, "k_proj": 256, "v_proj": 256}
     settings = {"r": 16, "encoder_hidden": 16, "decoder_hidden": 128, "decoder_layers": 3, "lora_alpha": 32}
     reference = make_block(1024, widths, "torch", **settings).cuda()
@@ -199,20 +205,39 @@ def test_layers_with_one_input_match_float64(num_tokens, dtype):
         if "base_layer" in name:
             parameter.data = parameter.data.to(dtype)
     x = torch.randn(1, num_tokens, 1024, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    (expected, _), (found, _), (again, _) = run_block(reference, x.double()), run_block(model, x), run_block(model, x)
+    expected, _ = run_block(reference, x.double())
+    with by_products(rows) if rows else nullcontext():
+        (found, _), (again, _) = run_block(model, x), run_block(model, x)
     assert all(torch.equal(value, again[name]) for name, value in found.items())
     error, name = worst(found, expected)
     assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name
 
 
-@pytest.mark.parametrize("num_tokens", [777, 4097])
-def test_fused_kernels_read_nothing_unwritten(num_tokens):
+@pytest.mark.parametrize("rows", [0, 512])
+def test_fused_kernels_read_nothing_unwritten(rows):
     module = make(4096, r=16, encoder_hidden=16, decoder_layers=3).cuda()
-    x = torch.randn(num_tokens, 4096, device="cuda").bfloat16()
-    first = run(module, x, "fused")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
-    try:
-        second = run(module, x, "fused")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    x = torch.randn(777, 4096, device="cuda").bfloat16()
+    with by_products(rows) if rows else nullcontext():
+        first = run(module, x, "fused")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+        try:
+            second = run(module, x, "fused")
+        finally:
+            torch.use_deterministic_algorithms(False)
     assert all(torch.equal(value, second[name]) and value.isfinite().all() for name, value in first.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_begin_anywhere_in_one_buffer(dtype):
+    """As DeepSpeed's flat buffers hold them: the kernels are compiled for where they begin."""
+    module = make(1000, r=5, encoder_hidden=7, decoder_hidden=33, decoder_layers=2).cuda()
+    x = torch.randn(300, 1000, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    expected = run(copy.deepcopy(module).double(), x.double(), "torch")
+    run(module, x, "fused")
+    flat, at = torch.empty(1 + sum(p.numel() for p in module.parameters()), device="cuda"), 1
+    for parameter in module.parameters():
+        flat[at : at + parameter.numel()] = parameter.data.flatten()
+        parameter.data = flat[at : at + parameter.numel()].view(parameter.shape)
+        at += parameter.numel()
+    error, name = worst(run(module, x, "fused"), expected)
+    assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL), name

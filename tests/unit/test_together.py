@@ -8,7 +8,7 @@ import torch
 from fvae_dist.adapter import side_loss, together
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.kernels import launching, passes
-from tests.fused import make_block, run_block
+from tests.fused import BF16_RTOL, by_products, make_block, run_block, worst
 
 pytestmark = pytest.mark.skipif(
     not launching.kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
@@ -55,6 +55,33 @@ def test_they_are_what_each_would_be_alone(calls, widths, settings, terms):
     found = run_block(make_block(20, widths, "fused", **settings), X, terms=terms)
     assert_alike(found, expected)
     assert calls == ([2, 1] if "other" in widths else [len(widths)])
+
+
+def narrow_block() -> torch.nn.Module:
+    model = make_block(20, QKV, "fused")
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("rows", [16, 4])  # all ten tokens, and parts of which the last is short
+def test_likelihood_by_products_is_that_of_tiles(calls, rows):
+    model = narrow_block()
+    of_tiles, _ = run_block(model, X.bfloat16())
+    with by_products(rows):
+        found, _ = run_block(model, X.bfloat16())
+    error, name = worst(found, {name: value.double() for name, value in of_tiles.items()})
+    assert error < BF16_RTOL, name
+    assert calls == [3, 3]
+
+
+def test_a_compiled_model_runs(calls, monkeypatch):
+    """torch.compile leaves what it cannot trace to Python; the interpreter is not its business."""
+    monkeypatch.setattr(launching.Launch, "__call__", lambda self, stream, *arguments, **kinds: None)
+    compiled = torch.compile(narrow_block(), backend="eager")
+    sum(output.float().sum() for output in compiled(X.bfloat16())).backward()
+    assert sum(calls) >= 3
 
 
 def add_bias(base: torch.nn.Linear) -> None:
