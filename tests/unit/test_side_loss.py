@@ -398,7 +398,8 @@ def test_padding_does_not_count(without_noise, name, side):
     collected.neg_elbo.backward()
     assert collected.num_tokens == 10
     torch.testing.assert_close(collected.neg_elbo.detach(), total, rtol=1e-5, atol=0)
-    assert_same(gradients(model), expected, rtol=1e-4, atol=1e-6)
+    # Gradients up to 0.1 in size, summed in fp32 in an order that depends on shapes and threads.
+    assert_same(gradients(model), expected, rtol=1e-4, atol=5e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
