@@ -375,9 +375,9 @@ def test_accumulation_equals_one_batch(without_noise, name, reduction):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_padding_does_not_count(without_noise, name, side):
-    model = without_noise(name)
+    model = without_noise(name).double()  # in fp32 the last bits depend on shapes and threads
     sequences = [token_ids(1, 7, seed=1), token_ids(1, 3, seed=2)]
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.double)
     for ids in sequences:
         with side_loss.collect(model) as collected:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -398,8 +398,7 @@ def test_padding_does_not_count(without_noise, name, side):
     collected.neg_elbo.backward()
     assert collected.num_tokens == 10
     torch.testing.assert_close(collected.neg_elbo.detach(), total, rtol=1e-5, atol=0)
-    # Gradients up to 0.1 in size, summed in fp32 in an order that depends on shapes and threads.
-    assert_same(gradients(model), expected, rtol=1e-4, atol=5e-6)
+    assert_same(gradients(model), expected, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
