@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -89,8 +88,7 @@ NARROW_TILES = {
     "backward_input": (32, 128, 4, 1),
     "backward_inner": (64, 32, 4, 3),
     "backward_features": (256, 16, 4, 2),
-    "residual": (4, 1024, 4, 1),
-    "backward_residual": (16, 128, 4, 1),
+    "backward_residual": (8, 128, 1, 1),
 }
 _EXACT_TILES = {
     "encode": (32, 32, 4, 2),
@@ -101,15 +99,15 @@ _EXACT_TILES = {
     "backward_input": (32, 32, 4, 1),
     "backward_inner": (32, 32, 4, 2),
     "backward_features": (32, 32, 4, 2),
-    "residual": (4, 1024, 4, 1),
     "backward_residual": (16, 128, 4, 1),
 }
 _INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _EXACT_TILES.items()}
 
 
-# Tokens from which on the likelihood's products are the matrix library's (`likelihood.py`), and of how many at a time.
-# For none: that way has not been timed on a GPU yet (docs/performance.md).
-PRODUCT_TOKENS, PRODUCT_ROWS = sys.maxsize, 8192
+# Tokens from which on the products of the likelihood's backward are the matrix library's (`likelihood.py`), and of how
+# many at a time. At 2,048 they would save the GPU 45 us of 240 for two adapters, and cost the host, which is the bound
+# there, more launches.
+PRODUCT_TOKENS, PRODUCT_ROWS = 4096, 8192
 
 
 class Launch:
@@ -182,10 +180,7 @@ class Plan:
         self.sizes = [math.prod(shape) for shape in shapes]
         self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
         self._pack: dict[tuple[int, ...], Launch] = {}
-        blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
-        self.encode = self._launch("encode", (blocks, self.encode_chunks))
-        blocks = adapters * self._blocks("latents")
-        self.latents = self._launch("latents", (blocks,), CHUNKS=self.encode_chunks)
+        self._plan_forward()
         # In fp32 the kernels' products are as exact, and no slower.
         self.by_products = dtype != torch.float32 and self._num_tokens >= PRODUCT_TOKENS
         self._plan_products() if self.by_products else self._plan_tiles()
@@ -202,13 +197,20 @@ class Plan:
             self.inner_chunks, self.inner_chunk = self._over_tokens("backward_inner", adapters * inner * blocks)
             self.backward_inner = self._launch("backward_inner", (adapters * inner, self.inner_chunks, blocks))
 
-    def _plan_tiles(self) -> None:
-        """The likelihood, its backward and the gradients to x and to what has values for each feature, each in a kernel
-        that computes the reconstruction tile by tile."""
+    def _plan_forward(self) -> None:
+        """The kernels of the forward, the same for every number of tokens."""
+        blocks, self.encode_chunks, self.encode_chunk = self._over_features("encode")
+        self.encode = self._launch("encode", (blocks, self.encode_chunks))
+        blocks = self.adapters * self._blocks("latents")
+        self.latents = self._launch("latents", (blocks,), CHUNKS=self.encode_chunks)
         blocks, self.likelihood_chunks, self.likelihood_chunk = self._over_features("likelihood")
         grid = (blocks, self.likelihood_chunks)
         self.likelihood = self._launch("likelihood", grid, STATS=False)
         self.likelihood_with_statistics = self._launch("likelihood", grid, STATS=True)
+
+    def _plan_tiles(self) -> None:
+        """The likelihood's backward and the gradients to x and to what has values for each feature, each in a kernel
+        that computes the reconstruction tile by tile."""
         blocks, self.backward_chunks, self.backward_chunk = self._over_features("backward_likelihood")
         self.backward_likelihood = self._launch("backward_likelihood", (blocks, self.backward_chunks))
         blocks = cdiv(self._features, self._tile("backward_input")[1])
@@ -222,9 +224,6 @@ class Plan:
         """The same by products of the matrix library."""
         self.backward_chunks = self.feature_chunks = 1
         self.product_rows = min(PRODUCT_ROWS, self._num_tokens)
-        blocks = cdiv(self.product_rows, self._tile("residual")[0])
-        self.residual = self._launch("residual", (blocks,), STATS=False)
-        self.residual_with_statistics = self._launch("residual", (blocks,), STATS=True)
         tokens, features = self._tile("backward_residual")[:2]
         blocks = cdiv(self._features, features)
         # A row of sums each, and enough programs to keep the memory busy.
@@ -250,6 +249,8 @@ class Plan:
         tokens, features, warps, stages = table[kernel]
         if kernel == "encode" and self._spec.encoder_hidden > 32:  # what a program must hold
             features = min(features, 32)
+        if kernel == "backward_latents" and self.by_products:  # which hand it one gradient, not chunks of a sum
+            tokens = 2 * tokens
         return tokens, features, warps, stages
 
     def _blocks(self, kernel: str) -> int:
@@ -271,7 +272,7 @@ class Plan:
 
     def _launch(self, kernel: str, grid: tuple[int, ...], **constants: Any) -> Launch:
         values, options = constants_of(self._spec, self._dtype) | constants, {}
-        values |= {"G": self.adapters, "PARTS": self.parts}
+        values |= {"G": self.adapters, "GB": 1 << (self.adapters - 1).bit_length(), "PARTS": self.parts}
         if kernel != "pack":
             values["BT"], values["BD"], options["num_warps"], options["num_stages"] = self._tile(kernel)
         names = getattr(kernels(), f"{kernel}_kernel").arg_names

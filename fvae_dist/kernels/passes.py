@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fvae_dist.kernels.launching import Plan, alignment_of, on, plan_of, stream_of
-from fvae_dist.kernels.likelihood import Decoders, backward_likelihood, decoders_of, likelihood
+from fvae_dist.kernels.likelihood import backward_likelihood
 from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
@@ -166,17 +166,12 @@ class Run:
         """The loss (G, T), or with statistics (2, G, T): the nll and the squared error."""
         plan, (num_tokens, features), c_nll = self.plan, state.x.shape, self.call.spec.coefficients.nll
         has_statistics = self.call.with_statistics
-        if plan.by_products:
-            return likelihood(plan, stream, self._decoders(state), terms, c_nll, has_statistics)
         of_token = (2, self.number, num_tokens) if has_statistics else (self.number, num_tokens)
         sums = terms.new_empty((plan.likelihood_chunks, *of_token))
         launch = plan.likelihood_with_statistics if has_statistics else plan.likelihood
         decoder = (state.x, state.parameters, state.packed, state.units)
         launch(stream, *decoder, terms, sums, num_tokens, features, plan.stride, plan.likelihood_chunk, c_nll)
         return sums[0] if len(sums) == 1 else sums.sum(0)
-
-    def _decoders(self, state: State) -> Decoders:
-        return decoders_of(self.plan, self.call.spec, state.x, state.parameters, state.packed, state.units)
 
     def backward(
         self, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
@@ -202,8 +197,7 @@ class Run:
                 rows = None if d_x is None else d_x.view(num_tokens, features)
                 at_decoder = slice(2 * hidden * features, features * spec.num_of_feature)
                 of_decoder = of_features[0, :, at_decoder]
-                decoders = self._decoders(state)
-                d_last = backward_likelihood(plan, stream, decoders, d_loss, rows, of_decoder, c.nll)
+                d_last = backward_likelihood(plan, spec, stream, decoder, d_loss, rows, of_decoder)
             else:
                 d_last = wide((plan.backward_chunks, number, num_tokens, width))
                 plan.backward_likelihood(stream, *decoder, d_loss, d_last, *sizes, plan.backward_chunk, c.nll)

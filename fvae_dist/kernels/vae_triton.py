@@ -2,12 +2,13 @@
 
 Forward: pack the weights in 16 bit; x times both trunks (encode); heads, sampling, KL and the decoder's hidden layers
 (latents); the decoder's likelihood. Backward: the same in reverse, then the gradients to x and to the parameters.
-Nothing of shape (T, D) is written but the gradient to x: the reconstruction is recomputed tile by tile. Sums over D are
-split into chunks, whose partial sums the next kernel adds up.
+Nothing of shape (T, D) is written but the gradient to x: the reconstruction is recomputed tile by tile; in the backward
+of many tokens it is written after all, a part of them at a time, for the matrix library to multiply (`likelihood.py`).
+Sums over D are split into chunks, whose partial sums the next kernel adds up.
 
 No product has 64 rows or more in a program of four warps, where Triton takes Hopper's warp-group instructions: the
 assembler of CUDA before 13.3, which Triton 3.6 and 3.7 bring, makes wrong code of several of them in a kernel (invalid
-reads of shared memory, as triton-lang/triton #11366 and #11781 describe). All of this is bound by memory anyway.
+reads of shared memory, as triton-lang/triton #11366 and #11781 describe).
 
 Everything random is a function of (token key, salt, counter), as `fvae_dist.adapter.noise` defines it.
 
@@ -19,7 +20,7 @@ order trunks, output weight, output bias, scale, small ones, one row for each pr
 no atomics, so that two runs are equal bit for bit.
 
 Sizes: G adapters, T tokens, D features, R latent dimensions, H width of the trunks, W of the decoder, DEPTH its hidden
-layers, Z what it reads (2R, or R for the average); RB, HB, WB are padded to a power of two, BT and BD are tiles.
+layers, Z what it reads (2R, or R for the average); GB, RB, HB, WB are padded to a power of two, BT and BD are tiles.
 """
 
 
@@ -35,7 +36,7 @@ from fvae_dist.kernels.triton_backward import (
     backward_likelihood_kernel,
 )
 from fvae_dist.kernels.triton_forward import encode_kernel, latents_kernel, likelihood_kernel, pack_kernel
-from fvae_dist.kernels.triton_residual import backward_residual_kernel, residual_kernel
+from fvae_dist.kernels.triton_residual import backward_residual_kernel
 
 __all__ = [
     "INTERPRETED",
@@ -49,6 +50,5 @@ __all__ = [
     "latents_kernel",
     "likelihood_kernel",
     "pack_kernel",
-    "residual_kernel",
 ]
 INTERPRETED = isinstance(latents_kernel, InterpretedFunction)
