@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 else:
     _TrainerBase = object
 
-# Logits of so many times the hidden states' size at a time: larger products than by Liger's default.
+# Logits of so many times the hidden states' size at a time, at most: larger products than by Liger's default, 1.
 _CHUNK = 8
+# From so many tokens on that is made less, so that the logits take half a GiB (4,096 hidden features) as long as they can.
+_CHUNK_TOKENS = 65536
 # Of a configuration: what TRL's head applies to the logits and Liger's does not.
 _FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
@@ -78,7 +80,7 @@ def give_head(model: Any) -> None:
             shift_labels.flatten(),
             reduction="sum",
             return_token_accuracy=True,
-            chunk_mem_const=_CHUNK,
+            chunk_mem_const=max(1, min(_CHUNK, _CHUNK_TOKENS // shift_labels.numel())),
         )
         num_labels = (shift_labels != IGNORED_LABEL).sum()
         accuracy = found.token_accuracy.detach().float().nan_to_num()  # of no label at all
