@@ -53,6 +53,7 @@ class FVAELoraConfig(PeftConfig):
     encoder_hidden: int = _field(16, "Width of the encoder trunks.")
     encoder_dropout: float = _field(0.1, "Dropout after each hidden layer of the encoders.")
     encoder_shared_trunk: bool = _field(True, "Mean and log-variance share one trunk; else each has its own.")
+    initial_logvar: float = _field(0.0, "Log-variance of z1 and z2 before training, in [-20, 20]; published: 0.")
     decoder_layers: int = _field(3, "Hidden layers of the decoder.")
     decoder_hidden: int = _field(128, "Width of the decoder.")
     decoder_dropout: float = _field(0.1, "Dropout after each hidden layer of the decoder.")
@@ -140,6 +141,8 @@ class FVAELoraConfig(PeftConfig):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        if not _is_number(self.initial_logvar) or abs(self.initial_logvar) > 20:
+            raise ValueError(f"initial_logvar must lie in [-20, 20], got {self.initial_logvar!r}")
         if not _is_number(self.z2_prior_mean):
             raise ValueError(f"z2_prior_mean must be a number, got {self.z2_prior_mean!r}")
 

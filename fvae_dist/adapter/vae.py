@@ -65,7 +65,8 @@ class MLP(nn.Module):
 
 
 class Encoder(nn.Module):
-    """q(z|x) = N(mean(x), diag exp(logvar(x))): fp32 from the first product on; heads zero at the start."""
+    """q(z|x) = N(mean(x), diag exp(logvar(x))): fp32 from the first product on; heads zero at the start, but for
+    the log-variance's bias, `initial_logvar`."""
 
     def __init__(self, in_features: int, config: FVAELoraConfig):
         super().__init__()
@@ -78,6 +79,7 @@ class Encoder(nn.Module):
         self.logvar = head(width, config.r)
         for parameter in (*self.mean.parameters(), *self.logvar.parameters()):
             nn.init.zeros_(parameter)
+        nn.init.constant_(self.logvar.bias, config.initial_logvar)
 
     @property
     def dropouts(self) -> list[tuple[int, float]]:

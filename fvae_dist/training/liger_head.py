@@ -26,7 +26,7 @@ else:
 
 # Logits of so many times the hidden states' size at a time, at most: larger products than by Liger's default, 1.
 _CHUNK = 8
-# From so many tokens on that is made less, so that the logits take half a GiB (4,096 hidden features) as long as they can.
+# Beyond so many tokens at that size it is made less: the logits of 4,096 hidden features take half a GiB.
 _CHUNK_TOKENS = 65536
 # Of a configuration: what TRL's head applies to the logits and Liger's does not.
 _FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

@@ -23,6 +23,7 @@ DEFAULTS = {
     "encoder_hidden": 16,
     "encoder_dropout": 0.1,
     "encoder_shared_trunk": True,
+    "initial_logvar": 0.0,
     "decoder_layers": 3,
     "decoder_hidden": 128,
     "decoder_dropout": 0.1,
@@ -58,6 +59,7 @@ INVALID = [
     *((name, value) for name in POSITIVE for value in (0, -1.0, NAN, INF, "1", None, True)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1e-9, NAN, INF, "1", None, True)),
     *(("z2_prior_mean", value) for value in (NAN, INF, "1", None)),
+    *(("initial_logvar", value) for value in (-20.5, 21, NAN, INF, "0", None, True)),
 ]
 CHANGED = {
     "r": 3,
@@ -74,6 +76,7 @@ CHANGED = {
     "side_loss_reduction": "sum",
     "kernel": "torch",
     "encoder_layers": 2,
+    "initial_logvar": -4.0,
     "detach_input": True,
     "z2_prior_mean": -0.5,
     "z2_prior_std": 0.75,

@@ -189,6 +189,13 @@ def test_encoder_starts_at_the_prior():
     assert not mean.any() and not logvar.any()
 
 
+@pytest.mark.parametrize("encoder_layers", [0, 2])
+def test_encoder_starts_at_the_log_variance_asked_for(encoder_layers):
+    encoder = Encoder(6, tiny_adapter(initial_logvar=-4.0, encoder_layers=encoder_layers, encoder_shared_trunk=False))
+    mean, logvar = encoder(inputs(5, 6))
+    assert not mean.any() and (logvar == -4).all()
+
+
 @pytest.mark.parametrize("bias", [-1e4, -20.0, 20.0, 1e4])
 def test_log_variance_is_clamped(bias):
     encoder = Encoder(6, tiny_adapter())
