@@ -58,8 +58,8 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @contextmanager
 def by_products(rows: int) -> Iterator[None]:
-    """In 16 bit the likelihood by the matrix library's products, so many tokens at a time, however few there are; 0:
-    nothing is changed."""
+    """In 16 bit the likelihood's backward by the matrix library's products, so many tokens at a time, however few there
+    are; 0: nothing is changed."""
     if not rows:
         yield
         return

@@ -51,6 +51,16 @@ def processors(device: torch.device) -> int:
     return _num_processors(device.index) if device.type == "cuda" else 132 if device.type == "meta" else 2
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have, as Triton asks: 227 KiB on a Hopper, 99 on a workstation's GPU. The interpreter
+    and the planner take a Hopper's."""
+    if device.type != "cuda":
+        return 232_448
+    from triton.compiler.compiler import max_shared_mem
+
+    return max_shared_mem(device.index)
+
+
 def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments of all kernels."""
     exact = dtype == torch.float32
@@ -79,7 +89,7 @@ def constants_of(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
 
 
 # Tokens and features of a tile, warps, pipeline stages.
-NARROW_TILES = {
+NARROW_TILES = {  # 16 bit
     "encode": (64, 64, 2, 4),
     "latents": (32, 0, 8, 1),
     "likelihood": (64, 64, 2, 3),
@@ -90,7 +100,7 @@ NARROW_TILES = {
     "backward_features": (256, 16, 4, 2),
     "backward_residual": (8, 128, 1, 1),
 }
-_EXACT_TILES = {
+_EXACT_TILES = {  # fp32
     "encode": (32, 32, 4, 2),
     "latents": (16, 0, 4, 1),
     "likelihood": (32, 32, 4, 2),
@@ -99,14 +109,13 @@ _EXACT_TILES = {
     "backward_input": (32, 32, 4, 1),
     "backward_inner": (32, 32, 4, 2),
     "backward_features": (32, 32, 4, 2),
-    "backward_residual": (16, 128, 4, 1),
 }
-_INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in _EXACT_TILES.items()}
+_INTERPRETED_TILES = {name: (16, 32 if tile[1] else 0, 4, 1) for name, tile in NARROW_TILES.items()}
 
 
 # Tokens from which on the products of the likelihood's backward are the matrix library's (`likelihood.py`), and of how
 # many at a time. At 2,048 they would save the GPU 45 us of 240 for two adapters, and cost the host, which is the bound
-# there, more launches.
+# there, more launches. The second is a multiple of 8, so that each part begins at a multiple of 16 bytes.
 PRODUCT_TOKENS, PRODUCT_ROWS = 4096, 8192
 
 
@@ -168,7 +177,7 @@ class Plan:
     def __init__(self, spec: Spec, dtype: torch.dtype, shape: tuple[int, int], adapters: int, device: torch.device):
         self._spec, self._dtype, self._on_gpu = spec, dtype, device.type != "cpu"
         (self._num_tokens, self._features), self.adapters = shape, adapters
-        self._processors = processors(device)
+        self._processors, self._shared_memory = processors(device), shared_memory(device)
         features = self._features
         self.parts = 1 if dtype == torch.float32 else 2
         # Of an adapter: numbers of `packed` but for its up-projection, of `parameters`, and of the gradient.
@@ -247,10 +256,19 @@ class Plan:
         exact = self._dtype == torch.float32
         table = _INTERPRETED_TILES if not self._on_gpu else _EXACT_TILES if exact else NARROW_TILES
         tokens, features, warps, stages = table[kernel]
-        if kernel == "encode" and self._spec.encoder_hidden > 32:  # what a program must hold
-            features = min(features, 32)
-        if kernel == "backward_latents" and self.by_products:  # which hand it one gradient, not chunks of a sum
-            tokens = 2 * tokens
+        spec = self._spec
+        if kernel == "encode":
+            if spec.encoder_hidden > 32:  # what a program must hold
+                features = min(features, 32)
+            rows = tokens + self.parts * _padded(2 * spec.encoder_hidden)
+            while (stages - 1) * rows * features * self._dtype.itemsize > self._shared_memory:
+                stages -= 1
+        if kernel == "backward_latents" and self.by_products and spec.encoder_hidden <= 64:
+            tokens *= 2  # one gradient is handed to it, not chunks of a sum
+        if kernel == "backward_features":
+            of_token = 4 * _padded(spec.encoder_hidden) + 2 * _padded(spec.decoder_hidden) + 4 * features + 4
+            while tokens * of_token + 2 * features * _padded(spec.decoder_hidden) > self._shared_memory:
+                tokens //= 2
         return tokens, features, warps, stages
 
     def _blocks(self, kernel: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fvae_dist.kernels.launching import Plan, cdiv
+from fvae_dist.kernels.launching import Plan
 from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
@@ -34,18 +34,18 @@ def backward_likelihood(
     begin = number * plan.parts * 2 * spec.encoder_hidden * features
     weights = packed[begin : number * plan.num_packed].view(number, features, width)
     last = units[number * num_tokens * spec.r :].view(number, spec.decoder_layers, num_tokens, width)[:, -1]
-    size, chunks = plan.product_rows, plan.residual_chunks
+    size = plan.product_rows
     d_last = parameters.new_empty((1, number, num_tokens, width))
-    sums = parameters.new_empty((cdiv(num_tokens, size) * chunks, number, 2 * features))
+    sums = parameters.new_empty((plan.residual_chunks, number, 2 * features))
     xhat = x.new_empty((number, size, features))
     launch = plan.backward_residual if d_x is None else plan.backward_residual_to_x
     for first in range(0, num_tokens, size):
         rows = slice(first, min(first + size, num_tokens))
-        count, row = rows.stop - first, first // size * chunks
+        count, of_x = rows.stop - first, x[rows]
         for of in range(number):
             torch.mm(last[of, rows], weights[of].t(), out=xhat[of, :count])
-        tensors = (x, xhat, parameters, d_loss, x if d_x is None else d_x, sums)
-        sizes = (num_tokens, features, plan.stride, first, count, plan.residual_chunk, row, size)
+        tensors = (of_x, xhat, parameters, d_loss, of_x if d_x is None else d_x[rows], sums)
+        sizes = (num_tokens, features, plan.stride, first, count, plan.residual_chunk, size)
         launch(stream, *tensors, *sizes, spec.coefficients.nll)
         for of in range(number):
             d_xhat = xhat[of, :count]

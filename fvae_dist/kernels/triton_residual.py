@@ -9,15 +9,15 @@ import triton.language as tl
 from fvae_dist.kernels.triton_parts import EPSILON, cast
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "chunk", "row", "size"])
+@triton.jit(do_not_specialize=["T", "first", "count", "chunk", "size"])
 def backward_residual_kernel(
-    x_ptr, xhat_ptr, parameters_ptr, d_loss_ptr, d_x_ptr, out_ptr, T, D, stride, first, count, chunk, row, size, c_nll,
+    x_ptr, xhat_ptr, parameters_ptr, d_loss_ptr, d_x_ptr, out_ptr, T, D, stride, first, count, chunk, size, c_nll,
     NEEDS_X: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, INTERPRETED: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Of `count` tokens from `first` on, from the decoders' products xhat (G, size, D): writes the gradient of the
-    products over them and what all adapters give to that of x, and for each `chunk` of tokens sums the gradients of
-    output biases and scales: in `out`, from `row` on, a row (G, 2, D)."""
+    """Of `count` tokens from `first` on, from x (count, D) and the decoders' products xhat (G, size, D): writes the
+    gradient of the products over them and what all adapters give to that of x (count, D), and sums the gradients of
+    output biases and scales, in `out` a row (G, 2, D) for each `chunk` of tokens, to which later parts add theirs."""
     features = tl.program_id(0) * BD + tl.arange(0, BD)
     is_feature = features < D
     which = tl.arange(0, GB)[:, None]
@@ -28,9 +28,8 @@ def backward_residual_kernel(
     for start in range(begin, end, BT):
         local = start + tl.arange(0, BT)
         is_token = local < end
-        rows = (first + local).to(tl.int64)
         is_tile = is_token[:, None] & is_feature[None, :]
-        at = rows[:, None] * D + features[None, :]
+        at = local[:, None].to(tl.int64) * D + features[None, :]
         x = tl.load(x_ptr + at, mask=is_tile, other=0.0).to(tl.float32)
         d_x = tl.zeros((BT, BD), tl.float32)
         for of in tl.static_range(G):
@@ -40,7 +39,8 @@ def backward_residual_kernel(
             inverse = (1.0 / (tl.abs(scale) + EPSILON))[None, :]
             xhat_at = xhat_ptr + (of * size + local)[:, None].to(tl.int64) * D + features[None, :]
             xhat = tl.load(xhat_at, mask=is_tile, other=0.0).to(tl.float32)
-            d_nll = tl.load(d_loss_ptr + of * T.to(tl.int64) + rows, mask=is_token, other=0.0)[:, None] * c_nll
+            loss_at = d_loss_ptr + of * T.to(tl.int64) + first + local
+            d_nll = tl.load(loss_at, mask=is_token, other=0.0)[:, None] * c_nll
             standardised = (x - bias[None, :] - xhat) * inverse
             d_xhat = -d_nll * standardised * inverse
             tl.store(xhat_at, cast(d_xhat, xhat_ptr.dtype.element_ty, INTERPRETED), mask=is_tile)
@@ -52,7 +52,8 @@ def backward_residual_kernel(
             tl.store(d_x_ptr + at, cast(d_x, d_x_ptr.dtype.element_ty, INTERPRETED), mask=is_tile)
     is_sum = (which < G) & is_feature[None, :]
     scales = tl.load(parameters_ptr + which * stride + D + features[None, :], mask=is_sum, other=0.0)
-    out = out_ptr + ((row + tl.program_id(1)).to(tl.int64) * G + which) * 2 * D + features[None, :]
-    tl.store(out, d_bias, mask=is_sum)
     sign = tl.where(scales > 0, 1.0, tl.where(scales < 0, -1.0, 0.0))
-    tl.store(out + D, d_scale * sign, mask=is_sum)
+    out = out_ptr + (tl.program_id(1) * G + which) * 2 * D + features[None, :]
+    is_later = is_sum & (first > 0)
+    tl.store(out, tl.load(out, mask=is_later, other=0.0) + d_bias, mask=is_sum)
+    tl.store(out + D, tl.load(out + D, mask=is_later, other=0.0) + d_scale * sign, mask=is_sum)

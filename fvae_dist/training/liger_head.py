@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 else:
     _TrainerBase = object
 
-# Logits of so many times the hidden states' size at a time, at most: larger products than by Liger's default, 1.
-_CHUNK = 8
-# Beyond so many tokens at that size it is made less: the logits of 4,096 hidden features take half a GiB.
-_CHUNK_TOKENS = 65536
+# Logits of so many times the hidden states' size at a time, at most: larger products than by Liger's default, 1. Less
+# from 8,192 tokens on, where the factor times the tokens would be more than the second: so the logits take half a GiB
+# (4,096 hidden features) up to 65,536 tokens.
+_CHUNK, _CHUNK_TOKENS = 8, 65536
 # Of a configuration: what TRL's head applies to the logits and Liger's does not.
 _FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 

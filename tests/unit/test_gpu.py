@@ -178,7 +178,7 @@ def test_fused_kernels_match_float64(num_tokens, features, settings, dtype):
     ],
     ids=str,
 )
-def test_likelihood_by_products_matches_float64(num_tokens, features, settings, rows):
+def test_backward_by_products_matches_float64(num_tokens, features, settings, rows):
     with by_products(rows):
         test_fused_kernels_match_float64(num_tokens, features, settings, torch.bfloat16)
 

@@ -66,7 +66,7 @@ def narrow_block() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("rows", [16, 4])  # all ten tokens, and parts of which the last is short
-def test_likelihood_by_products_is_that_of_tiles(calls, rows):
+def test_backward_by_products_is_that_of_tiles(calls, rows):
     model = narrow_block()
     of_tiles, _ = run_block(model, X.bfloat16())
     with by_products(rows):
