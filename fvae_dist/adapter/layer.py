@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from fvae_dist.adapter import side_loss, together
+from fvae_dist.adapter import together
 from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.layer_forward import LayerForward
 from fvae_dist.adapter.linears import NARROW
 from fvae_dist.adapter.up_projection import UpProjection
 from fvae_dist.adapter.vae import FactorizedVAE
@@ -161,7 +162,7 @@ class FVAELinear(nn.Module, BaseTunerLayer):
         # Statistics stay in fp32 under an outer autocast; the casts of the large products are explicit.
         with torch.autocast(x.device.type, enabled=False):
             if vae.training:
-                run = side_loss.LayerForward(self, name, num_tokens=x.numel() // self.in_features)
+                run = LayerForward(self, name, num_tokens=x.numel() // self.in_features)
                 z1, *rest = vae(x.to(dtype), run.noise, run.with_statistics, run.with_loss)
                 run.report(z1, *rest)
             else:

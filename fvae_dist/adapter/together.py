@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fvae_dist.adapter import side_loss
+from fvae_dist.adapter.layer_forward import LayerForward
 from fvae_dist.adapter.noise import draw_ticket
 from fvae_dist.kernels.fused_vae import Side, fused_updates
 from fvae_dist.kernels.passes import MAX_ADAPTERS, Call
@@ -34,7 +34,7 @@ class Ahead(NamedTuple):
     x: Tensor
     circumstances: tuple
     output: Tensor
-    run: side_loss.LayerForward
+    run: LayerForward
     side: tuple[Tensor, ...]
 
 
@@ -95,7 +95,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if any(base.dtype != dtype for base in bases):
         return layer.update(leader.name, x, bases[0])
     ticket, num_tokens = draw_ticket(), x.numel() // x.shape[-1]
-    runs = [side_loss.LayerForward(m.layer, m.name, num_tokens, ticket + i) for i, m in enumerate(members)]
+    runs = [LayerForward(m.layer, m.name, num_tokens, ticket + i) for i, m in enumerate(members)]
     outputs, sides = _updates(members, narrow, bases, runs, is_weight)
     for member, output, run, side in list(zip(members, outputs, runs, sides))[1:]:
         member.layer.inbox.ahead = Ahead(x, circumstances, output, run, side)
@@ -107,7 +107,7 @@ def _updates(
     members: Sequence[Member],
     x: Tensor,
     bases: Sequence[Tensor],
-    runs: Sequence[side_loss.LayerForward],
+    runs: Sequence[LayerForward],
     is_weight: bool,
 ) -> tuple[Sequence[Tensor], list[tuple[Tensor, ...]]]:
     """Of each layer the output, and what it reports of its side loss."""
@@ -130,7 +130,7 @@ def _updates(
     return outputs, [_report(member.vae, x, run, side) for member, run, side in zip(members, runs, sides)]
 
 
-def _report(vae: Any, x: Tensor, run: side_loss.LayerForward, side: Side) -> tuple[Tensor, ...]:
+def _report(vae: Any, x: Tensor, run: LayerForward, side: Side) -> tuple[Tensor, ...]:
     return side.loss, *(vae.fused_statistics(x, side) if run.with_statistics else ())
 
 

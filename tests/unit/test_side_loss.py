@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fvae_dist import side_loss
-from fvae_dist.adapter import FVAELinear, vae
+from fvae_dist.adapter import FVAELinear, layer_forward, vae
 from fvae_dist.adapter.noise import TokenNoise
 from tests.models import ARCHITECTURES, LayerModel, randomise, tiny_adapter, tiny_model, token_ids
 
@@ -581,7 +581,7 @@ def test_no_gradient_is_no_error_where_none_is_wanted():
 
 
 def test_training_without_a_collector_warns_once(monkeypatch, recwarn):
-    monkeypatch.setattr(side_loss, "_warned_uncollected", False)
+    monkeypatch.setattr(layer_forward, "_warned_uncollected", False)
     model = adapted()
     model(token_ids())
     model(token_ids())
