@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,6 +19,7 @@ from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
+_LIGER_HEAD = "0.8.5"  # the oldest that was tried with it
 FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 # Several documents in one row; rows of unlike length side by side; one row, as long as it is.
 Rows = Literal["packed", "padded", "single"]
@@ -125,8 +128,8 @@ def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tup
         RecipeError: it was asked for and cannot be used here.
     """
     asked = recipe.training.use_liger_kernel
-    if recipe.training.head == "liger" and (use_cpu or not is_liger_kernel_available()):
-        raise RecipeError("training.head: liger: it needs a GPU and `pip install liger-kernel`")
+    if recipe.training.head == "liger" and (use_cpu or not _has_liger_head()):
+        raise RecipeError(f"training.head: liger: it needs a GPU and `pip install 'liger-kernel>={_LIGER_HEAD}'`")
     if asked is False:
         return False, "asked for"
     obstacle = "Liger's kernels need a GPU" if use_cpu else _liger_obstacle(config)
@@ -137,6 +140,11 @@ def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tup
             raise RecipeError(f"training.use_liger_kernel: {obstacle}")
         return True, "asked for"
     return obstacle is None, f"auto: {obstacle or 'installed, and it knows ' + config.model_type}"
+
+
+def _has_liger_head() -> bool:
+    """Whether Liger's head can be told how many logits to make at a time."""
+    return is_liger_kernel_available() and Version(version("liger-kernel")) >= Version(_LIGER_HEAD)
 
 
 def planned_liger(recipe: Recipe, config: PretrainedConfig) -> bool:

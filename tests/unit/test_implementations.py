@@ -249,6 +249,18 @@ def test_ligers_head_needs_a_gpu(tmp_path):
         choose_liger(recipe, LLAMA, use_cpu=True)
 
 
+@pytest.mark.parametrize(("installed", "is_enough"), [("0.8.4", False), ("0.8.5", True), ("0.10.0", True)])
+def test_ligers_head_needs_a_version(tmp_path, monkeypatch, installed, is_enough):
+    monkeypatch.setattr(implementations, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(implementations, "version", lambda package: installed)
+    recipe = make_recipe(tmp_path, tmp_path, training={"head": "liger", "use_liger_kernel": False})
+    if is_enough:
+        assert choose_liger(recipe, LLAMA, use_cpu=False) == (False, "asked for")
+    else:
+        with pytest.raises(RecipeError, match=r"training\.head: liger: .*liger-kernel>=0\.8\.5"):
+            choose_liger(recipe, LLAMA, use_cpu=False)
+
+
 def test_liger_leaves_the_head_to_trl(tmp_path, monkeypatch):
     """One head, that makes no whole logits: TRL's. Liger's layers are Triton; here they are only put in place."""
     patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
