@@ -67,7 +67,8 @@ class TrainingRun:
 
 
 def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """Yield a row for every kind of recomputation, number of tokens and variant.
+    """Yield a row for every kind of recomputation, number of tokens and variant, as soon as it is measured: what others
+    are compared with goes first.
 
     Ratios are of the medians of separate runs.
     """
@@ -79,14 +80,19 @@ def benchmark_training(run: TrainingRun, ceilings: Ceilings) -> Iterator[dict[st
         return step_row(run.step, ceilings, size, adapted, recompute, tokens, name, measured)
 
     stock: dict[int, list[dict[str, Any]]] = {}
+    names = sorted(names_of(run.step), key=lambda name: name != LORA)
     for recompute in run.step.recompute:
         for tokens in run.step.tokens:
-            rows = [row_of(name, tokens, recompute) for name in names_of(run.step)]
-            is_new = tokens not in stock
-            if is_new:  # TRL's default is full recomputation, whatever ours does
-                stock[tokens] = [row_of(name, tokens, "full") for name in run.compare]
-            add_ratios(rows, stock[tokens])
-            yield from [*rows, *stock[tokens]] if is_new else rows
+            if tokens not in stock:  # TRL's default is full recomputation, whatever ours does
+                stock[tokens] = []
+                for name in run.compare:
+                    stock[tokens].append(row_of(name, tokens, "full"))
+                    yield stock[tokens][-1]
+            rows: list[dict[str, Any]] = []
+            for name in names:
+                rows.append(row_of(name, tokens, recompute))
+                add_ratios(rows, stock[tokens])
+                yield rows[-1]
 
 
 def sizes_of(step: StepRun) -> tuple[ModelSize, list[tuple[int, int]]]:

@@ -209,10 +209,10 @@ def test_rows_of_training_runs(monkeypatch):
         return Measured(ms=ms[name], peak_bytes=2**30) if name in ms else Measured(error="not there")
 
     monkeypatch.setattr(zero3, "measure_run", fake)
-    rows = list(zero3.benchmark_training(training_run(), CEILINGS))
+    rows = [dict(row) for row in zero3.benchmark_training(training_run(), CEILINGS)]  # as they are when they come
     names = [(row["recompute"], row["variant"]) for row in rows]
     own = ["lora", "torch", "torch +terms", "fused", "fused +terms"]
-    assert names == [*(("full", name) for name in (*own, "trl", "trl_liger")), *(("none", name) for name in own)]
+    assert names == [*(("full", name) for name in ("trl", "trl_liger", *own)), *(("none", name) for name in own)]
     of = {row["variant"]: row for row in rows[:7]}
     assert (of["torch"]["ratio_to_lora"], of["torch"]["ratio_to_trl"]) == (2.0, 0.5)
     assert rows[7]["recompute"] == "none" and rows[7]["ratio_to_trl"] == 0.25
@@ -221,6 +221,13 @@ def test_rows_of_training_runs(monkeypatch):
     # N = 151,552, attention 2 layers x 2 T^2 x 64: model operations over time and ceiling.
     assert of["lora"]["mfu"] == pytest.approx((4 * 151552 * 32 + 3 * 2 * 2 * 32**2 * 64) / 0.02 / 1e9)
     assert of["fused"]["note"] == "not there" and "ms" not in of["fused"]
+
+
+def test_training_rows_come_as_they_are_measured(monkeypatch):
+    measured: list[str] = []
+    monkeypatch.setattr(zero3, "measure_run", lambda run, name, *_: measured.append(name) or Measured(ms=[10.0]))
+    for number, row in enumerate(zero3.benchmark_training(training_run(), CEILINGS), 1):
+        assert len(measured) == number and measured[-1] == row["variant"]
 
 
 def test_a_training_run_that_fails_says_how(monkeypatch, capfd):
