@@ -11,6 +11,8 @@ from peft import PeftConfig
 
 from fvae_dist.adapter.registration import add_peft_type
 
+# Log-variances are clamped to plus and minus this.
+LOGVAR_LIMIT = 20.0
 # Weights that do not enter an objective; setting one of them is a mistake worth a warning.
 UNUSED_WEIGHTS = {
     "official": ("factorization_weight",),
@@ -141,8 +143,8 @@ class FVAELoraConfig(PeftConfig):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-        if not _is_number(self.initial_logvar) or abs(self.initial_logvar) > 20:
-            raise ValueError(f"initial_logvar must lie in [-20, 20], got {self.initial_logvar!r}")
+        if not _is_number(self.initial_logvar) or abs(self.initial_logvar) > LOGVAR_LIMIT:
+            raise ValueError(f"initial_logvar must lie within +-{LOGVAR_LIMIT:g}, got {self.initial_logvar!r}")
         if not _is_number(self.z2_prior_mean):
             raise ValueError(f"z2_prior_mean must be a number, got {self.z2_prior_mean!r}")
 

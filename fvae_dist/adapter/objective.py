@@ -19,7 +19,6 @@ from fvae_dist.adapter.config import FVAELoraConfig
 from fvae_dist.kernels.spec import Coefficients
 
 LOG_2PI = math.log(2 * math.pi)
-LOGVAR_LIMIT = 20.0
 
 
 class TokenTerms(NamedTuple):

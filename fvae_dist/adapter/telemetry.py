@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fvae_dist.adapter.config import FVAELoraConfig
-from fvae_dist.adapter.objective import LOGVAR_LIMIT, TokenTerms, factorization, wide
+from fvae_dist.adapter.config import LOGVAR_LIMIT, FVAELoraConfig
+from fvae_dist.adapter.objective import TokenTerms, factorization, wide
 
 ACTIVE_VARIANCE = 0.01
 # Tokens of a forward on which the reconstruction's R^2 is measured: it needs passes over all of D.

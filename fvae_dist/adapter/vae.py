@@ -18,17 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.config import LOGVAR_LIMIT, FVAELoraConfig
 from fvae_dist.adapter.linears import CastLinear, Fp32Module, InputLinear, Reconstruction
 from fvae_dist.adapter.noise import GENERATOR, GeneratorNoise, LayerNoise
-from fvae_dist.adapter.objective import (
-    LOGVAR_LIMIT,
-    coefficients,
-    neg_elbo,
-    token_terms,
-    wide,
-    wide_dtype,
-)
+from fvae_dist.adapter.objective import coefficients, neg_elbo, token_terms, wide, wide_dtype
 from fvae_dist.adapter.telemetry import r2_sample, token_statistics
 from fvae_dist.kernels.fused_vae import Side, fused_vae, problem
 from fvae_dist.kernels.passes import Call

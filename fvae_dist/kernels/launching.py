@@ -260,6 +260,7 @@ class Plan:
         if kernel == "encode":
             if spec.encoder_hidden > 32:  # what a program must hold
                 features = min(features, 32)
+            # The bytes, here and below, are those that Triton's compiler takes.
             rows = tokens + self.parts * _padded(2 * spec.encoder_hidden)
             while (stages - 1) * rows * features * self._dtype.itemsize > self._shared_memory:
                 stages -= 1
