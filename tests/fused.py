@@ -14,7 +14,7 @@ from fvae_dist import side_loss
 from fvae_dist.adapter.noise import LayerNoise, TokenNoise
 from fvae_dist.adapter.vae import FactorizedVAE
 from fvae_dist.kernels import launching
-from tests.models import randomise, tiny_adapter
+from tests.models import named_gradients, randomise, tiny_adapter
 
 FP32_RTOL, BF16_RTOL = 1e-4, 1.6e-2
 SALT = -987_654_321_987_654
@@ -43,7 +43,7 @@ def run(module: FactorizedVAE, x: torch.Tensor, kernel: str) -> dict[str, torch.
     weights = torch.rand(loss.shape, generator=generator).to(z1)
     module.zero_grad()
     ((z1 * task).sum() + (loss * weights).sum()).backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    gradients = named_gradients(module)
     return {"z1": z1.detach(), "loss": loss.detach(), "x": x.grad, **gradients}
 
 
@@ -103,7 +103,7 @@ def run_block(model: nn.Module, x: torch.Tensor, other: torch.Tensor | None = No
         outputs = model(x, other)
     task = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in outputs)
     (task + collected.neg_elbo).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = named_gradients(model)
     named = {f"y{i}": y.detach() for i, y in enumerate(outputs)}
     found = {**named, "neg_elbo": collected.neg_elbo.detach(), "x": x.grad, **gradients}
     return found | (collected.terms if terms else {}), collected.layer_names

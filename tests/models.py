@@ -5,6 +5,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fvae_dist import FVAELoraConfig
+from fvae_dist.adapter.flat import split_flat
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt2")
 VOCAB_SIZE = 64
@@ -46,10 +47,21 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
     """Add noise to every adapter parameter, so that nothing about the adapters is zero any more; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parts(model).items():
             if "fvae_" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
+
+
+def named_parts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters by their names in state dicts, whether flat or not, in that order: views without gradients."""
+    found = split_flat(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    return {name: found[name] for name in model.state_dict() if name in found}
+
+
+def named_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Of the parameters that have one, by the same names; copies."""
+    return split_flat(model, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 def token_ids(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:

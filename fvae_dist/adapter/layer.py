@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fvae_dist.adapter import together
 from fvae_dist.adapter.config import FVAELoraConfig
+from fvae_dist.adapter.flat import NARROW
 from fvae_dist.adapter.layer_forward import LayerForward
-from fvae_dist.adapter.linears import NARROW
 from fvae_dist.adapter.up_projection import UpProjection
 from fvae_dist.adapter.vae import FactorizedVAE
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fvae_dist.adapter.flat import NARROW, InFlat
 from fvae_dist.adapter.objective import diag_gaussian_nll, wide
 
-NARROW = (torch.float16, torch.bfloat16)
 ELEMENTS = 2**25  # of a tensor that exists at a time: 8192 tokens of 4096 features, 128 MiB in fp32
 
 
@@ -24,25 +24,15 @@ def rows_at_a_time(features: int) -> int:
     return max(1, ELEMENTS // features)
 
 
-class Fp32Module(nn.Module):
-    """A module whose parameters ignore casts to 16 bit, as in `model.to(torch.bfloat16)`; float64 is allowed."""
-
-    def _apply(self, fn, recurse=True):
-        def keep_wide(tensor: Tensor) -> Tensor:
-            cast = fn(tensor)
-            if cast.dtype in NARROW and tensor.dtype not in NARROW:
-                return tensor.to(device=cast.device)
-            return cast
-
-        return super()._apply(keep_wide, recurse)
-
-
 class CastLinear(nn.Linear):
     """A linear that computes in the dtype of its input, whatever the dtype of its weights.
 
     Not through F.linear: ZeRO-3 replaces that function by a Python one, which keeps gathered base weights from staying
     alive and costs 1 ms a call; on adapter weights, which stay whole, it saves nothing.
     """
+
+    weight: Any = InFlat("weight")
+    bias: Any = InFlat("bias")
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight.to(input.dtype).t()

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from fvae_dist.adapter.flat import split_flat
 from fvae_dist.adapter.layer import FVAELinear, linear_features, rename_key, renamed
 from fvae_dist.adapter.registration import PREFIX
 from fvae_dist.adapter.together import followers_of
@@ -63,7 +64,8 @@ class FVAELoraModel(BaseTuner):
             raise ValueError(f"adapter name {BASE!r} means no adapter in a mixed batch; choose another name")
         if len(names) < 2:
             return
-        keys = (re.sub(rf"\.({PREFIX}\w+|modules_to_save)\.[^.]+", "", name) for name, _ in model.named_parameters())
+        saved = split_flat(model, dict(model.named_parameters()))
+        keys = (re.sub(rf"\.({PREFIX}\w+|modules_to_save)\.[^.]+", "", name) for name in saved)
         clashes = sorted(names & {part for key in keys for part in key.split(".")})
         if clashes:
             raise ValueError(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fvae_dist.adapter.linears import CastLinear, Fp32Module
+from fvae_dist.adapter.flat import Fp32Module
+from fvae_dist.adapter.linears import CastLinear
 from fvae_dist.kernels.products import wide_product
 
 

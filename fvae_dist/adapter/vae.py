@@ -1,9 +1,9 @@
 """The VAE that replaces LoRA's down-projection: two encoders, the sampling, the decoder.
 
-Parameters are fp32 and stay so (see `Fp32Module`). The encoders' products over D take x as it is and give fp32, the
-decoder's runs in the dtype of x; everything narrower, the sampling and the statistics in fp32. Each weight is used only
-in the forward of the module that owns it and every forward returns plain tensors: that is what ZeRO-3's gathering hooks
-need.
+Parameters are fp32 and stay so (see `Fp32Module`); `flat` can make two of them. The encoders' products over D take x as
+it is and give fp32, the decoder's runs in the dtype of x; everything narrower, the sampling and the statistics in fp32.
+Each weight is used only in the forward of the module that owns it and every forward returns plain tensors: that is what
+ZeRO-3's gathering hooks need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_dist.adapter.config import LOGVAR_LIMIT, FVAELoraConfig
-from fvae_dist.adapter.linears import CastLinear, Fp32Module, InputLinear, Reconstruction
+from fvae_dist.adapter.flat import BIASES, WEIGHTS, FlatModule, InFlat
+from fvae_dist.adapter.linears import CastLinear, InputLinear, Reconstruction
 from fvae_dist.adapter.noise import GENERATOR, GeneratorNoise, LayerNoise
 from fvae_dist.adapter.objective import coefficients, neg_elbo, token_terms, wide, wide_dtype
 from fvae_dist.adapter.telemetry import r2_sample, token_statistics
@@ -28,6 +29,17 @@ from fvae_dist.kernels.passes import Call
 from fvae_dist.kernels.spec import Spec
 
 logger = logging.getLogger(__name__)
+
+# Of the kernels' parameters the first; then heads and the decoder's layers in the order of the modules.
+_FIRST = (
+    ("encoder1.trunk.linears.0", "weight"),
+    ("encoder2.trunk.linears.0", "weight"),
+    ("decoder.output", "weight"),
+    ("decoder.output", "bias"),
+    ("decoder", "scale"),
+    ("encoder1.trunk.linears.0", "bias"),
+    ("encoder2.trunk.linears.0", "bias"),
+)
 
 
 class MLP(nn.Module):
@@ -95,6 +107,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """p(x|z1, z2) = N(xhat(z), diag(|scale| + 1e-5)^2): a diagonal Gaussian with one learned scale a feature."""
 
+    scale: Any = InFlat("scale")
+
     def __init__(self, in_features: int, config: FVAELoraConfig):
         super().__init__()
         latent = 2 * config.r if config.latent_fusion == "concat" else config.r
@@ -157,11 +171,11 @@ def _fused_spec(config: FVAELoraConfig) -> tuple[Spec, str | None]:
     return spec, None
 
 
-class FactorizedVAE(Fp32Module):
+class FactorizedVAE(FlatModule):
     """Encoders, sampling and decoder of one adapted layer; encoder 1 alone where `config.inference_only`."""
 
     def __init__(self, in_features: int, config: FVAELoraConfig):
-        super().__init__()
+        super().__init__([".".join(names) for names in _FIRST])
         self.config = config
         self.encoder1 = Encoder(in_features, config)
         self.fused_spec, self.fused_problem = _fused_spec(config)
@@ -202,6 +216,12 @@ class FactorizedVAE(Fp32Module):
             )
         if self.is_fused(x):
             return self._fused_forward(x, noise, with_statistics, with_loss)
+        with self.opened():
+            return self._torch_forward(x, noise, with_statistics)
+
+    def _torch_forward(
+        self, x: Tensor, noise: GeneratorNoise | LayerNoise, with_statistics: bool
+    ) -> tuple[Tensor, ...]:
         draws, keeps1, keeps2, keeps_decoder = self._draw(x, noise)
         q1 = self.encoder1(x, keeps1)
         z1 = z1_side = sample(q1[0], q1[1], draws.eps1)
@@ -234,7 +254,9 @@ class FactorizedVAE(Fp32Module):
             reason: str | None = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
         else:  # asked last: it imports Triton
             reason = self.fused_problem or problem(self.fused_spec, x.device, x.dtype)
-        weight: Any = self._modules["encoder1"]._modules["mean"]._parameters["weight"]  # type: ignore[union-attr]
+        weight: Any = self._parameters.get(WEIGHTS)
+        if weight is None:
+            weight = self._modules["encoder1"]._modules["mean"]._parameters["weight"]  # type: ignore[union-attr]
         if reason is None and weight.device != x.device:  # kernels are told addresses, and would not notice
             reason = f"the adapter is on {weight.device}, its input on {x.device}"
         if reason is None and not weight.numel():
@@ -253,16 +275,15 @@ class FactorizedVAE(Fp32Module):
         return z1, side.loss, *(self.fused_statistics(x, side) if with_statistics else ())
 
     def fused_parameters(self) -> list[Tensor]:
-        """In the order of the kernels."""
+        """The flat ones, or each by itself in the order of the kernels' gradients."""
+        own: Any = self._parameters  # past nn.Module's __getattr__, which is slow
+        if self.parts:
+            return [own[WEIGHTS], own[BIASES]]
         if not self._fused_owners:
-            trunks: list[Any] = [encoder.trunk.linears[0] for encoder in (self.encoder1, self.encoder2)]
             heads = [head for encoder in (self.encoder1, self.encoder2) for head in (encoder.mean, encoder.logvar)]
+            first: list[Any] = [(self.get_submodule(path), name) for path, name in _FIRST]
             inner = [(linear, name) for linear in (*heads, *self.decoder.layers.linears) for name in ("weight", "bias")]
-            output = self.decoder.output
-            large = [(trunks[0], "weight"), (trunks[1], "weight"), (output, "weight"), (output, "bias")]
-            small = [(trunk, "bias") for trunk in trunks]
-            self._fused_owners = [*large, (self.decoder, "scale"), *small, *inner]
-        # Past nn.Module's __getattr__, which is slow.
+            self._fused_owners = [*first, *inner]
         return [module._parameters[name] for module, name in self._fused_owners]  # type: ignore[misc]
 
     def fused_statistics(self, x: Tensor, side: Side) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from fvae_dist.adapter.flat import flatten
 from fvae_dist.benchmarking.reference import build_reference_layer
 from fvae_dist.benchmarking.variants import AdapterSize
 
@@ -38,8 +39,8 @@ class Attached:
 
 
 def attach(model: nn.Module, config: PeftConfig) -> Attached:
-    """Make an adapter on `model` as PEFT does, with AdamW for it, and take it off again."""
-    get_peft_model(model, config)  # type: ignore[arg-type]
+    """Make an adapter on `model` as PEFT does, flat as recipes have it, with AdamW for it, and take it off again."""
+    flatten(get_peft_model(model, config))  # type: ignore[arg-type]
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }

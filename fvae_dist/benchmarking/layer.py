@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from fvae_dist.adapter import side_loss
+from fvae_dist.adapter.flat import flatten
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.benchmarking.floor import Ceilings, LayerSize, base_floor
 from fvae_dist.benchmarking.reference import build_reference_layer, reference_loss
@@ -79,7 +80,9 @@ def _build(run: LayerRun, name: str, linear: nn.Linear) -> nn.Module:
         if run.reference is None:
             raise ValueError("--reference PATH names no clone of it")
         return OneLinear(build_reference_layer(run.reference, linear, run.adapter))  # type: ignore[arg-type]
-    return get_peft_model(OneLinear(linear), run.adapter.config(name, [_NAME]))  # type: ignore[arg-type]
+    model = get_peft_model(OneLinear(linear), run.adapter.config(name, [_NAME]))  # type: ignore[arg-type]
+    flatten(model)
+    return model
 
 
 def _measure(run: LayerRun, models: dict[str, nn.Module], tokens: int) -> dict[str, Measured]:

@@ -64,7 +64,7 @@ def size_problem(spec: Spec) -> str | None:
 def fused_vae(call: Call, x: Tensor, keys: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Side]:
     """z1 (..., R) fp32 of one VAE for x (..., D), bf16 or fp32; `keys` (T,) int64: of the noise of x's T tokens.
 
-    `parameters`: the VAE's in the order of `vae_triton`, fp32.
+    `parameters`: the VAE's, fp32, in the order of `vae_triton`: two flat ones, or each by itself.
     """
     z1, loss, *statistics = _FusedVAE.apply(call, x, keys, *parameters)
     return z1, Side(loss, *(part[0] for part in statistics))

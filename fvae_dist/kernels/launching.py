@@ -135,23 +135,16 @@ class Launch:
         # How each is run, and what that takes between the stream and the kernel's own arguments.
         self._compiled: dict[Any, tuple[Callable, tuple]] = {}
 
-    def __call__(
-        self, stream: int | None, *arguments: Tensor | float, many: tuple[Tensor, ...] = (), kind: Any = None
-    ) -> None:
-        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones, and
-        but for `many`, a tuple before them, of whose alignment `kind` need not tell."""
-        first: tuple = ()
-        if many:
-            first = (tuple([one.data_ptr() for one in many]),)
-            kind = kind, tuple([address % 16 == 0 for address in first[0]])
+    def __call__(self, stream: int | None, *arguments: Tensor | float, kind: Any = None) -> None:
+        """Launch on the current device, which must be the plan's; `arguments` are all but the compile-time ones."""
         found = self._compiled.get(kind)
         if found is not None:
             run, between = found
             # Of a tensor Triton asks the driver where it is; an address it takes as it is.
             own = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
-            run(*self._grid, stream, *between, *first, *own, *self._last)
+            run(*self._grid, stream, *between, *own, *self._last)
             return
-        compiled = self._kernel[self._grid](*((many,) if many else ()), *arguments, **self._constants)
+        compiled = self._kernel[self._grid](*arguments, **self._constants)
         if compiled is not None:  # the interpreter compiles nothing
             # As compiled[grid] runs it, but without Triton's launch hooks and what it would gather for them.
             self._compiled[kind] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
@@ -165,6 +158,16 @@ def stream_of(device: torch.device) -> int | None:
 def alignment_of(tensors: Iterable[Tensor]) -> tuple[bool, ...]:
     """What Triton compiles for: whether each tensor begins at a multiple of 16 bytes, as all new ones do."""
     return tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+
+
+@lru_cache
+def flat_order(spec: Spec, features: int, device: torch.device) -> Tensor:
+    """Where each number of an adapter's parameters, weights and then biases, stands in the kernels' gradient: int64."""
+    shapes = spec.shapes(features)
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = list(zip(shapes, torch.arange(sum(sizes), device=device).split(sizes), strict=True))
+    matrices = [part for shape, part in parts if len(shape) > 1]
+    return torch.cat(matrices + [part for shape, part in parts if len(shape) == 1])
 
 
 class Plan:
@@ -188,6 +191,13 @@ class Plan:
         shapes = adapters * spec.shapes(features)
         self.sizes = [math.prod(shape) for shape in shapes]
         self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
+        # Which of an adapter's parameters stand one behind the other in flat ones, and how long these are; where each of
+        # their numbers stands in the gradient.
+        each, first = len(shapes) // adapters, shapes[: len(shapes) // adapters]
+        kinds = [[i for i in range(each) if (len(first[i]) > 1) == is_matrix] for is_matrix in (True, False)]
+        self.flat_indices = [each * adapter + i for adapter in range(adapters) for kind in kinds for i in kind]
+        self.flat_sizes = adapters * [sum(self.sizes[i] for i in kind) for kind in kinds]
+        self.order = flat_order(spec, features, device)
         self._pack: dict[tuple[int, ...], Launch] = {}
         self._plan_forward()
         # In fp32 the kernels' products are as exact, and no slower.
@@ -247,9 +257,9 @@ class Plan:
         if sizes_up not in self._pack:
             spec, block = self._spec, 1024
             widest = max(2 * spec.encoder_hidden, spec.decoder_hidden)
-            largest = max(*sizes_up, self._features * widest, spec.num_small)
+            largest = max(*sizes_up, self._features * widest, 2 * self._features + spec.num_small)
             grid = (cdiv(largest, block), self.adapters)
-            self._pack[sizes_up] = self._launch("pack", grid, BLOCK=block, SIZES=spec.small_sizes)
+            self._pack[sizes_up] = self._launch("pack", grid, BLOCK=block, PAIRS=spec.pairs)
         return self._pack[sizes_up]
 
     def _tile(self, kernel: str) -> tuple[int, int, int, int]:

@@ -16,8 +16,6 @@ from fvae_dist.kernels.products import wide_product
 from fvae_dist.kernels.spec import Spec
 
 MAX_ADAPTERS = 3
-# Of a VAE's parameters the first, which are packed: both trunks' and the decoder's output weight.
-_WIDE = 3
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ class Run:
         features = x.shape[-1]
         self.num_tokens = x.numel() // features
         self.plan: Plan = plan_of(call.spec, x.dtype, (self.num_tokens, features), number, x.device)
-        # Of the two saved buffers, how long their parts are; known in the forward.
+        # Of the two saved buffers, how long their parts are, and whether parameters are flat; known in the forward.
         self.parts: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+        self.is_flat = False
 
     def state_of(self, x: Tensor, wide: Tensor, narrow: Tensor) -> State:
         """From what was saved."""
@@ -107,15 +106,14 @@ class Run:
     ) -> tuple[State, Tensor, tuple[Tensor, ...]]:
         """The state, the loss (G, T) and with statistics the other fields of `Side`, (G, ...).
 
-        `parameters` and `ups` are those of all adapters.
+        `parameters`, of each either the two flat ones or what they are made of, and `ups` are those of all adapters.
         """
         call, plan, number, num_tokens = self.call, self.plan, self.number, self.num_tokens
         spec, features = call.spec, x.shape[-1]
         c, r, hidden = spec.coefficients, spec.r, spec.encoder_hidden
         rows = x.reshape(-1, features).contiguous()
         wide = partial(x.new_empty, dtype=torch.float32)
-        each = len(parameters) // number
-        of_adapters = [parameters[i * each : (i + 1) * each] for i in range(number)]
+        self.is_flat = len(parameters) == 2 * number
         sizes_up = (*[up.numel() for up in ups], *[0] * (MAX_ADAPTERS - len(ups)))
         of_wide = (_aligned(number * plan.stride), number * num_tokens * (6 * r + 2 * hidden))
         of_narrow = (
@@ -130,20 +128,20 @@ class Run:
         with on(x):
             stream = stream_of(x.device)
             keys = keys.contiguous()
+            flats: Sequence[Tensor] = parameters
+            if not self.is_flat:
+                in_order = [parameters[i] for i in plan.flat_indices]
+                flats = torch._C._nn.flatten_dense_tensors(in_order).split_with_sizes(plan.flat_sizes)
             packing = [
                 one.contiguous()
                 for i in range(number)
-                for one in (*of_adapters[i][:_WIDE], ups[i] if ups else state.parameters)
+                for one in (*flats[2 * i : 2 * i + 2], ups[i] if ups else state.parameters)
             ]
-            others = tuple(
-                [one if one.is_contiguous() else one.contiguous() for of in of_adapters for one in of[_WIDE:]]
-            )
             kind = alignment_of(packing)
-            packing += packing[:4] * (MAX_ADAPTERS - number)
+            packing += packing[:3] * (MAX_ADAPTERS - number)
             plan.pack(sizes_up)(
-                stream, *packing, state.packed, state.parameters, features, plan.stride, *sizes_up, many=others,
-                kind=kind,
-            )  # fmt: skip
+                stream, *packing, state.packed, state.parameters, features, plan.stride, *sizes_up, kind=kind
+            )
             products = wide((plan.encode_chunks, number, num_tokens, 2 * hidden))
             plan.encode(stream, state.x, state.packed, products, num_tokens, features, plan.encode_chunk)
             salts = (*call.salts, 0, 0)[:MAX_ADAPTERS]
@@ -176,7 +174,8 @@ class Run:
     def backward(
         self, state: State, d_z1: Tensor, d_losses: Sequence[Tensor | None], needs_x: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients to x, in its own shape, and to the parameters. `d_z1` (G, T, R) counts `scaling` times."""
+        """Gradients to x, in its own shape, and to the parameters as they were given to the forward. `d_z1` (G, T, R)
+        counts `scaling` times."""
         call, plan, number, num_tokens = self.call, self.plan, self.number, self.num_tokens
         spec, c, features = call.spec, call.spec.coefficients, self.shape[-1]
         hidden, width, depth = spec.encoder_hidden, spec.decoder_hidden, spec.decoder_layers
@@ -229,6 +228,9 @@ class Run:
                 plan.backward_inner(stream, state.units, d_units, of_inner, num_tokens, plan.inner_chunk)
                 torch.sum(of_inner, 0, out=inner)
         # "Unsafe" if the whole were used again; half as many operations as torch's own unflattening.
+        if self.is_flat:
+            ordered = flat.index_select(1, plan.order)
+            return d_x, list(torch.unsafe_split_with_sizes(ordered.view(-1), plan.flat_sizes))
         gradients = list(torch.unsafe_split_with_sizes(flat.view(-1), plan.sizes))
         for i, shape in plan.matrices:
             gradients[i] = gradients[i].view(shape)

@@ -46,9 +46,10 @@ class Spec:
         return 2 * hidden + 4 * r * (hidden + 1) + first + (self.decoder_layers - 1) * width * (width + 1)
 
     @property
-    def small_sizes(self) -> tuple[int, ...]:
-        """Numbers of each of these."""
-        return tuple(math.prod(shape) for shape in self.shapes(0)[5:])
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Numbers of weight and bias of each head and each hidden layer of the decoder."""
+        sizes = [math.prod(shape) for shape in self.shapes(0)[7:]]
+        return tuple(zip(sizes[::2], sizes[1::2], strict=True))
 
     @property
     def num_outer(self) -> int:
@@ -56,7 +57,7 @@ class Spec:
         return self.num_small - (self.decoder_layers - 1) * self.decoder_hidden * (self.decoder_hidden + 1)
 
     def shapes(self, features: int) -> list[tuple[int, ...]]:
-        """Of all parameters of one adapter, in the order of `vae_triton`."""
+        """Of all parameters of one adapter, in the order of `vae_triton`'s gradients."""
         r, hidden, width = self.r, self.encoder_hidden, self.decoder_hidden
         heads: list[tuple[int, ...]] = [(r, hidden), (r,)] * 4
         inputs = [2 * r if self.concat else r] + [width] * (self.decoder_layers - 1)

@@ -33,23 +33,22 @@ def _copy(source, target, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    others, trunk1_0, trunk2_0, out_0, up_0, trunk1_1, trunk2_1, out_1, up_1, trunk1_2, trunk2_2, out_2, up_2,
-    packed_ptr, parameters_ptr, D, stride, num_up_0, num_up_1, num_up_2, H: tl.constexpr, W: tl.constexpr,
-    G: tl.constexpr, PARTS: tl.constexpr, SIZES: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    weights_0, biases_0, up_0, weights_1, biases_1, up_1, weights_2, biases_2, up_2, packed_ptr, parameters_ptr,
+    D, stride, num_up_0, num_up_1, num_up_2, H: tl.constexpr, W: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
+    PAIRS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The wide weights of all adapters in x's dtype: of both trunks (G, PARTS, 2H, D), for 16 bit in two parts, which
     is as exact as a 16-bit x allows; the decoder's output weight (G, D, W); the up-projections, one after the other.
-    The `others` of all adapters, of D numbers (the first two) and of SIZES, as they are: parameters (G, stride)."""
+    All others as they are: parameters (G, stride). PAIRS: numbers of the others' weights and biases, but for the first."""
     ELEMENT: tl.constexpr = packed_ptr.dtype.element_ty
     of = tl.program_id(1)
-    trunk1, trunk2, out, up, num_up, first_up = trunk1_0, trunk2_0, out_0, up_0, num_up_0, 0
+    weights, biases, up, num_up, first_up = weights_0, biases_0, up_0, num_up_0, 0
     if G > 1 and of == 1:
-        trunk1, trunk2, out, up, num_up, first_up = trunk1_1, trunk2_1, out_1, up_1, num_up_1, num_up_0
+        weights, biases, up, num_up, first_up = weights_1, biases_1, up_1, num_up_1, num_up_0
     if G > 2 and of == 2:
-        trunk1, trunk2, out, up, num_up, first_up = trunk1_2, trunk2_2, out_2, up_2, num_up_2, num_up_0 + num_up_1
+        weights, biases, up, num_up, first_up = weights_2, biases_2, up_2, num_up_2, num_up_0 + num_up_1
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weight = tl.load(trunk1 + index, mask=index < H * D, other=0.0)
-    weight += tl.load(trunk2 + index - H * D, mask=(index >= H * D) & (index < 2 * H * D), other=0.0)
+    weight = tl.load(weights + index, mask=index < 2 * H * D, other=0.0)
     high = cast(weight, ELEMENT, INTERPRETED)
     trunks = packed_ptr + of * (PARTS * 2 * H * D) + index
     tl.store(trunks, high, mask=index < 2 * H * D)
@@ -57,21 +56,23 @@ def pack_kernel(
         low = cast(weight - high.to(tl.float32), ELEMENT, INTERPRETED)
         tl.store(trunks + 2 * H * D, low, mask=index < 2 * H * D)
     narrow = narrow_of(packed_ptr, D, 2 * H, G, PARTS)
-    value = tl.load(out + index, mask=index < D * W, other=0.0)
+    value = tl.load(weights + 2 * H * D + index, mask=index < D * W, other=0.0)
     tl.store(narrow + of * (D * W) + index, cast(value, ELEMENT, INTERPRETED), mask=index < D * W)
     value = tl.load(up + index, mask=index < num_up, other=0.0)
     tl.store(narrow + G * D * W + first_up + index, cast(value, ELEMENT, INTERPRETED), mask=index < num_up)
-    N: tl.constexpr = len(SIZES) + 2
+    weights += (2 * H + W) * D
     parameters_ptr += of * stride
-    for i in tl.static_range(N):
-        other = others[i]
-        if G > 1 and of == 1:
-            other = others[N + i]
-        if G > 2 and of == 2:
-            other = others[2 * N + i]
-        size = D if i < 2 else SIZES[i - 2]
-        _copy(other, parameters_ptr, size, BLOCK)
-        parameters_ptr += size
+    # The output's bias, the scale and both trunks' biases are one block here and there.
+    _copy(biases, parameters_ptr, 2 * D + 2 * H, BLOCK)
+    biases += 2 * D + 2 * H
+    parameters_ptr += 2 * D + 2 * H
+    for i in tl.static_range(len(PAIRS)):
+        _copy(weights, parameters_ptr, PAIRS[i][0], BLOCK)
+        parameters_ptr += PAIRS[i][0]
+        weights += PAIRS[i][0]
+        _copy(biases, parameters_ptr, PAIRS[i][1], BLOCK)
+        parameters_ptr += PAIRS[i][1]
+        biases += PAIRS[i][1]
 
 
 @triton.jit(do_not_specialize=["T"])

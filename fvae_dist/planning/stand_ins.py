@@ -150,9 +150,9 @@ class _Launch:
     def __init__(self, *_: Any):
         pass
 
-    def __call__(self, stream: None, *arguments: Any, many: tuple[Tensor, ...] = (), kind: Any = None) -> None:
+    def __call__(self, stream: None, *arguments: Any, kind: Any = None) -> None:
         if _on_launch is not None:
-            _on_launch(sum(one.numel() * one.itemsize for one in (*many, *arguments) if isinstance(one, Tensor)))
+            _on_launch(sum(one.numel() * one.itemsize for one in arguments if isinstance(one, Tensor)))
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout

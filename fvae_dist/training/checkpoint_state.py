@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fvae_dist.adapter.flat import join_flat, split_flat
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -26,7 +28,8 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def optimizer_state(model: nn.Module, optimizer: Any, keep: bool) -> tuple[dict[str, Tensor], int]:
-    """Adam's moments of every trained parameter, whole, on CPU, "MOMENT/NAME" -> fp32, and its step count.
+    """Adam's moments of every trained parameter, whole, on CPU, "MOMENT/NAME" -> fp32, and its step count. Names are
+    those of state dicts: of an adapter's flat parameters the parts.
 
     Args:
         optimizer: DeepSpeed's or torch's, as the trainer holds it. All ranks must call this (ZeRO gathers).
@@ -37,7 +40,7 @@ def optimizer_state(model: nn.Module, optimizer: Any, keep: bool) -> tuple[dict[
     """
     zero, base = _unwrap(optimizer)
     _link_fragments(zero)
-    moments = {}
+    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     for name, parameter in trainable(model):
         for moment in MOMENTS:
             if zero is None:
@@ -49,8 +52,10 @@ def optimizer_state(model: nn.Module, optimizer: Any, keep: bool) -> tuple[dict[
             if value is None:
                 raise ValueError(f"{type(base).__name__} has no {moment} of {name}")
             if keep:
-                moments[f"{moment}/{name}"] = value.detach().float().cpu().clone().view(shape_of(parameter))
-    return moments, _step_of(base)
+                moments[moment][name] = value.detach().float().cpu().view(shape_of(parameter))
+    parts = {moment: split_flat(model, of_one) for moment, of_one in moments.items()}
+    named = {f"{moment}/{name}": value.clone() for moment, of_one in parts.items() for name, value in of_one.items()}
+    return named, _step_of(base)
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Any, moments: dict[str, Tensor], step: int) -> None:
@@ -60,16 +65,22 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, moments: dict[str, Te
         ValueError: a moment is missing, or has another shape.
     """
     zero, base = _unwrap(optimizer)
-    for name, parameter in trainable(model):
-        for moment in MOMENTS:
-            value = moments.get(f"{moment}/{name}")
+    whole: dict[str, dict[str, Tensor]] = {}
+    for moment in MOMENTS:
+        named = {key.partition("/")[2]: value for key, value in moments.items() if key.startswith(f"{moment}/")}
+        try:
+            whole[moment] = join_flat(model, named)
+        except ValueError as error:
+            raise ValueError(f"optimizer state: {moment} of {error}") from None
+        for name, parameter in trainable(model):
+            value = whole[moment].get(name)
             if value is None or value.shape != shape_of(parameter):
                 raise ValueError(f"optimizer state: {moment} of {name} is missing or has another shape")
     _make_states(zero, base, step)
     _link_fragments(zero)
     for name, parameter in trainable(model):
         for moment in MOMENTS:
-            _set(parameter, zero, base, moment, moments[f"{moment}/{name}"])
+            _set(parameter, zero, base, moment, whole[moment][name])
 
 
 def _link_fragments(zero: Any) -> None:

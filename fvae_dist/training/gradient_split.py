@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fvae_dist.training.zero3 import no_leaf_reduction
+from fvae_dist.adapter.flat import split_flat
 
 KINDS = ("encoder1", "encoder2", "decoder", "lora_B")
 
@@ -36,8 +36,7 @@ class GradientSplit:
         for part in ("task", "side"):
             # The training pass that follows must draw what it would have drawn.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                with no_leaf_reduction(self._model):
-                    loss = losses()[part]
+                loss = losses()[part]
                 gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=False)
             self._add(part, gradients)
 
@@ -51,8 +50,8 @@ class GradientSplit:
         """gradient/PART/KIND -> norm of the step's gradient, averaged over ranks. All ranks must call this."""
         squares: dict[str, Any] = {}
         for part, sums in self._sums.items():
-            for name, gradient in zip(self._names, sums, strict=True):
+            means = [reduce(gradient.to(device), "mean") for gradient in sums]
+            for name, mean in split_flat(self._model, dict(zip(self._names, means, strict=True))).items():
                 key = f"gradient/{part}/{kind_of(name)}"
-                mean = reduce(gradient.to(device), "mean")
                 squares[key] = squares.get(key, 0.0) + mean.double().square().sum()
         return {key: float(value) ** 0.5 for key, value in squares.items()}

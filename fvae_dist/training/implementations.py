@@ -27,6 +27,13 @@ Rows = Literal["packed", "padded", "single"]
 _CUDNN_CAPABILITIES, _CUDNN_VERSION, _CUDNN_HEAD_DIM = ((9, 0), (10, 0)), 90900, 128
 
 
+def has_flat_adapters(recipe: Recipe, use_cpu: bool) -> bool:
+    """Whether adapters are flattened (`fvae_dist.adapter.flat`): on a CPU the host's time for a parameter is nothing
+    beside its arithmetic."""
+    asked = recipe.training.flat_adapters
+    return asked if asked != "auto" else not use_cpu and recipe.model.dtype == "bfloat16"
+
+
 def rows_of(recipe: Recipe) -> Rows:
     """What attention must know of a micro-batch of the recipe's training data."""
     if recipe.data.packing:

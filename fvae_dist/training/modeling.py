@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import fvae_dist.adapter  # noqa: F401  (registers FVAE_LORA with PEFT)
+from fvae_dist.adapter.flat import flatten, split_flat
 from fvae_dist.training.adalora import UNKNOWN_STEPS, is_adalora
 from fvae_dist.training.classification import (
     SEQ_CLS,
@@ -197,7 +198,7 @@ def _check_types(config_cls: type, values: dict[str, Any], section: str = "adapt
             raise RecipeError(f"{section}.{key}: must be finite, got {value!r}")
 
 
-def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
+def plan_model(recipe: Recipe, config: PretrainedConfig, is_flat: bool = False) -> ModelPlan:
     """Build base and adapter on the meta device: checks the targets and counts, in seconds and without memory."""
     try:
         with torch.device("meta"):
@@ -228,25 +229,28 @@ def plan_model(recipe: Recipe, config: PretrainedConfig) -> ModelPlan:
         raise RecipeError(f"adapter: {error.pattern!r} is no regular expression: {error.msg}") from None
     except Exception as error:  # what PEFT does not check fails somewhere in it
         raise RecipeError(f"adapter: {type(error).__name__}: {_first_line(error)}") from error
+    if is_flat:
+        flatten(peft_model)
     # AdaLoRA's ranknum is frozen wherever it is not on the meta device.
     parameters = ((name, p) for name, p in peft_model.named_parameters() if ".ranknum." not in name)
-    trainable = {name: p.numel() for name, p in parameters if p.requires_grad}
+    trained = {name: p for name, p in parameters if p.requires_grad}
+    by_part = {name: p.numel() for name, p in split_flat(peft_model, trained).items()}
     saved_along = [name for name, _ in peft_model.named_modules() if name.endswith(".modules_to_save.default")]
     for name in recipe.adapter.get("modules_to_save") or ():
         if not any(name in saved for saved in saved_along):
             raise RecipeError(f"adapter.modules_to_save: {name!r} matches no module")
     if is_classification(recipe):
         check_method_of_head(peft_model, recipe.adapter)
-    if not trainable:
+    if not trained:
         raise RecipeError("adapter: nothing would be trained: no layer is adapted, or inference_mode is on")
     only_training = (".encoder2.", ".decoder.", ".logvar.", ".logvar_trunk.")
     return ModelPlan(
         adapted_layers=list(getattr(peft_model.base_model, "targeted_module_names", [])),
         base_parameters=whole,
         embedding_parameters=embedding,
-        trainable_parameters=sum(trainable.values()),
-        inference_parameters=sum(n for name, n in trainable.items() if not any(part in name for part in only_training)),
-        trainable_sizes=list(trainable.values()),
+        trainable_parameters=sum(by_part.values()),
+        inference_parameters=sum(n for name, n in by_part.items() if not any(part in name for part in only_training)),
+        trainable_sizes=[p.numel() for p in trained.values()],
         base_sizes=base_sizes,
     )
 

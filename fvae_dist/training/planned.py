@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils.import_utils import is_triton_available
 
+from fvae_dist.adapter.flat import flatten
 from fvae_dist.planning.choice import Choice, Recompute
 from fvae_dist.planning.hardware import PlanError
 from fvae_dist.planning.planner import Load
@@ -19,7 +20,7 @@ from fvae_dist.planning.subject import Settings, Subject, describe
 from fvae_dist.training.classification import is_classification
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
 from fvae_dist.training.full import is_full
-from fvae_dist.training.implementations import planned_attention, planned_liger
+from fvae_dist.training.implementations import has_flat_adapters, planned_attention, planned_liger
 from fvae_dist.training.modeling import attach_adapter
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.tiled_mlp import tile_mlps
@@ -55,7 +56,10 @@ def subject_of(
     )
 
     def attach(model: nn.Module) -> nn.Module:
-        return attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
+        adapted = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
+        if has_flat_adapters(recipe, settings.on_cpu):
+            flatten(adapted)
+        return adapted
 
     return describe(config, settings, attach, partial(tile_mlps, zero3=False) if training.tiled_mlp else None)
 

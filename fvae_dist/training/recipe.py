@@ -211,6 +211,11 @@ class TrainingSection(Section):
         description="Which fused head and loss. trl: makes the logits twice, logs entropy. liger: once, on a GPU, "
         "for a frozen head; logs mean_token_accuracy alone.",
     )
+    flat_adapters: Literal["auto"] | bool = Field(
+        "auto",
+        description="Keep each FVAE-LoRA adapter's VAE in two parameters, not some twenty: less of the host's time for "
+        "autograd, optimizer and DeepSpeed; files and gradients are the same. auto: for a bf16 base on a GPU.",
+    )
     save_strategy: Annotated[Literal["steps", "epoch", "no"], _NO_IS_TEXT] = Field(
         "steps", description="When checkpoints are written."
     )

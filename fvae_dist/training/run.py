@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 
+from fvae_dist.adapter.flat import flatten
 from fvae_dist.training.adalora import RankAllocation, adalora_of, with_total_step
 from fvae_dist.training.callbacks import (
     EstimateCheck,
@@ -43,6 +44,7 @@ from fvae_dist.training.full import is_full, with_master_weights
 from fvae_dist.training.implementations import (
     choose_attention,
     choose_liger,
+    has_flat_adapters,
     lone_documents_through_sdpa,
     rows_of,
 )
@@ -129,7 +131,8 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)
     check_shares(recipe, config, world_size, attention)
-    plan = plan_model(recipe, config)
+    is_flat = has_flat_adapters(recipe, use_cpu)
+    plan = plan_model(recipe, config, is_flat)
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     is_builder = _env_int("LOCAL_RANK", 0) == 0
     data = prepare_data(
@@ -137,7 +140,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     )
     if data.classes is not None:  # how wide the head is, is known only now
         set_labels(config, data.classes)
-        plan = plan_model(recipe, config)
+        plan = plan_model(recipe, config, is_flat)
     recipe = with_total_step(recipe, optimizer_steps(training, len(data.train), world_size))
     fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
@@ -218,6 +221,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
             "activation_offload",
             "tiled_mlp",
             "head",
+            "flat_adapters",
         }
     )
     return SFTConfig(
@@ -269,6 +273,8 @@ def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
         model_config: Any = base.config
         model_config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
     model = attach_method(base, prepared, args)
+    if has_flat_adapters(prepared.recipe, prepared.use_cpu) and (number := flatten(model)):
+        logger.info("adapters: %d VAEs in two parameters each", number)
     if prepared.fit.recompute == "selective":
         # Not through SFTConfig: under ZeRO-3 TRL asks for reentrant checkpointing, which we undo, and refuses this.
         enable_selective_activation_checkpointing(model)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fvae_dist.adapter.flat import split_flat
 from fvae_dist.training.adalora import adalora_of
 from fvae_dist.training.loraga import is_changed_in_files, saved_config, saved_tensors
 
@@ -95,8 +96,8 @@ def full_trainable_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]
     while chunk := list(islice(items, _GATHER_CHUNK)):
         with _gathered([parameter for _, parameter in chunk]):
             if keep:
-                for name, parameter in chunk:
-                    state_dict[name] = parameter.detach().float().cpu().clone()
+                whole = split_flat(model, dict(chunk))
+                state_dict |= {name: value.detach().float().cpu().clone() for name, value in whole.items()}
     return state_dict
 
 

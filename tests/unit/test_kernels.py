@@ -291,8 +291,7 @@ def compiled(launch, capability):
         if n in constants: return "constexpr"
         if n in INTEGERS: return INTEGERS[n]
         if n == "keys_ptr": return "*i64"
-        if n == "others": return ("*fp32",) * (3 * (2 + len(constants["SIZES"])))
-        if n in FP32 or n.startswith(("trunk1_", "trunk2_", "out_0", "out_1", "out_2", "up_")): return "*fp32"
+        if n in FP32 or n.startswith(("weights_", "biases_", "up_")): return "*fp32"
         return "*bf16" if n.endswith("_ptr") else "fp32"
     signature = {n: type_of(n) for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)

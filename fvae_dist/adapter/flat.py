@@ -1,0 +1,278 @@
+"""An adapter's parameters: fp32 always, and on request two flat ones instead of some twenty.
+
+Autograd, an optimizer, clipping and DeepSpeed take microseconds to tenths of a millisecond of the host for every
+parameter, however small it is. `flatten(model)` puts those of each VAE into two vectors, `WEIGHTS` (the matrices) and
+`BIASES` (all others, so that whoever spares a "bias" from weight decay spares these). A submodule then finds its own as
+views, and a state dict, and so every file, has each under the name and in the shape that it had: nothing that is saved
+says whether they were flat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NARROW = (torch.float16, torch.bfloat16)
+WEIGHTS, BIASES = "flat_weights", "flat_biases"
+
+
+class Fp32Module(nn.Module):
+    """A module whose parameters ignore casts to 16 bit, as in `model.to(torch.bfloat16)`; float64 is allowed."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor: Tensor) -> Tensor:
+            cast = fn(tensor)
+            if cast.dtype in NARROW and tensor.dtype not in NARROW:
+                return tensor.to(device=cast.device)
+            return cast
+
+        return super()._apply(keep_wide, recurse)
+
+
+class InFlat:
+    """A parameter of a submodule: the module's own until a `FlatModule` takes it over, then a view into that."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, module: Any, kind: type | None = None) -> Any:
+        if module is None:
+            return self
+        taken = module.__dict__.get("flat_parts", {})
+        if self._name in taken:
+            owner, name = taken[self._name]
+            return owner.part(name)
+        if self._name in module._parameters:
+            return module._parameters[self._name]
+        raise AttributeError(self._name)
+
+    def __set__(self, module: Any, value: Any) -> None:
+        """`module.weight += ...` ends here, its work done; anything else would be a tensor that nobody saves."""
+        own = self.__get__(module)
+        if value is not own and (value.shape, value.data_ptr()) != (own.shape, own.data_ptr()):
+            raise AttributeError(f"{self._name} is a part of a flat parameter: change its values in place")
+
+
+class Part(NamedTuple):
+    """Of a flat parameter: its name in state dicts, its shape, in which of the two it is, and where it begins."""
+
+    name: str
+    shape: torch.Size
+    flat: str
+    start: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """A view of a tensor of the flat parameter's shape."""
+        return flat.narrow(0, self.start, self.size).view(self.shape)
+
+
+class FlatModule(Fp32Module):
+    """A module that can take over all parameters of its submodules, whose classes say of each that it is `InFlat`.
+
+    Args:
+        first: names of those that stand first in a flat parameter; the others follow in their order.
+    """
+
+    def __init__(self, first: Sequence[str] = ()):
+        super().__init__()
+        self._first = tuple(first)
+        self.parts: dict[str, Part] = {}  # by name, in the order of the submodules; empty until they are flat
+        self._views: dict[str, Tensor] | None = None
+
+    def layout(self) -> tuple[list[str], list[str]]:
+        """Names of the matrices and of all others, each in the order of a flat parameter."""
+        if self.parts:
+            return tuple([part.name for part in self.parts_of(kind)] for kind in (WEIGHTS, BIASES))  # type: ignore[return-value]
+        found = dict(self.named_parameters())
+        names = dict.fromkeys([name for name in self._first if name in found] + list(found))
+        return [n for n in names if found[n].dim() > 1], [n for n in names if found[n].dim() < 2]
+
+    def flatten(self) -> bool:
+        """Take over the parameters of all submodules. False, and nothing is changed, where some of them train and
+        others do not."""
+        found = dict(self.named_parameters())
+        if self.parts or len({parameter.requires_grad for parameter in found.values()}) > 1:
+            return bool(self.parts)
+        parts: dict[str, Part] = {}
+        for kind, names in zip((WEIGHTS, BIASES), self.layout()):
+            start = 0
+            for name in names:
+                parts[name] = Part(name, found[name].shape, kind, start)
+                start += found[name].numel()
+        for kind in (WEIGHTS, BIASES):
+            tensors = [found[name] for name, part in parts.items() if part.flat == kind]
+            values = torch.cat([tensor.detach().flatten() for tensor in tensors])
+            setattr(self, kind, nn.Parameter(values, tensors[0].requires_grad))
+        self.parts = {name: parts[name] for name in found}
+        for name in found:
+            path, _, own = name.rpartition(".")
+            module = self.get_submodule(path)
+            del module._parameters[own]
+            module.__dict__.setdefault("flat_parts", {})[own] = (self, name)
+        return True
+
+    def part(self, name: str) -> Tensor:
+        """The parameter of that name, a view through which gradients flow.
+
+        Raises:
+            RuntimeError: ZeRO-3 has partitioned it.
+        """
+        if self._views is not None:
+            return self._views[name]
+        part = self.parts[name]
+        return part.of(self._whole(part.flat))
+
+    def parts_of(self, kind: str) -> list[Part]:
+        """Of one flat parameter, in their order there."""
+        return sorted((part for part in self.parts.values() if part.flat == kind), key=lambda part: part.start)
+
+    def _whole(self, kind: str) -> Tensor:
+        flat: Any = self._parameters[kind]
+        if not flat.numel():
+            raise RuntimeError(f"{kind} of a {type(self).__name__} is partitioned by ZeRO-3 and has not been gathered")
+        return flat
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside, every part is the same view each time: one operation for autograd, where each view would be one whose
+        gradient is as large as the whole."""
+        before = self._views
+        try:
+            if self.parts:
+                views: dict[str, Tensor] = {}
+                for kind in (WEIGHTS, BIASES):
+                    parts = self.parts_of(kind)
+                    pieces = self._whole(kind).split_with_sizes([part.size for part in parts])
+                    views |= {part.name: piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)}
+                self._views = views
+            yield
+        finally:
+            self._views = before
+
+    # ------------------------------------------------------------------------------------------------- state dicts
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self.parts:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for part in self.parts.values():
+            flat: Any = self._parameters[part.flat]
+            flat = flat if keep_vars else flat.detach()
+            destination[prefix + part.name] = part.of(flat) if flat.numel() else flat  # empty: a shard of ZeRO-3
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not self.parts:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        hooks: Any = self._load_state_dict_pre_hooks.values()
+        for hook in hooks:
+            hook(state_dict, prefix, *rest)
+        # Taken out, so that submodules do not find values for which they have no parameters.
+        found = {name: state_dict.pop(prefix + name) for name in self.parts if prefix + name in state_dict}
+        if strict:
+            missing_keys += [prefix + name for name in self.parts if name not in found]
+            below = [key for key in state_dict if key.startswith(prefix)]
+            unexpected_keys += [key for key in below if key.removeprefix(prefix).split(".")[0] not in self._modules]
+        for name, value in list(found.items()):
+            flat: Any = self._parameters[self.parts[name].flat]
+            own = self.parts[name].shape if flat.numel() else flat.shape
+            if value.shape != own:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: copying a param with shape {value.shape} from checkpoint, the "
+                    f"shape in current model is {own}."
+                )
+                del found[name]
+        for kind in (WEIGHTS, BIASES):
+            self._set_parts(kind, found, local_metadata.get("assign_to_params_buffers", False))
+
+    @torch.no_grad()
+    def _set_parts(self, kind: str, found: Mapping[str, Tensor], assign: bool) -> None:
+        """Values of parts, as many as there are; all of them make another parameter of one on the meta device."""
+        flat: Any = self._parameters[kind]
+        parts = self.parts_of(kind)
+        if assign and flat.is_meta and all(part.name in found for part in parts):
+            values = torch.cat([found[part.name].flatten() for part in parts]).to(flat.dtype)
+            self._parameters[kind] = nn.Parameter(values, flat.requires_grad)
+            return
+        for part in parts:
+            if part.name in found and flat.numel():
+                part.of(flat).copy_(found[part.name])
+
+
+# ------------------------------------------------------------------------------------------------------ of whole models
+
+
+def flatten(model: nn.Module) -> int:
+    """Make two parameters of those of every adapter's VAE in the model, before an optimizer is made for them.
+
+    Gradients, and so training, are the same with any optimizer that treats each number by itself, as Adam and SGD do.
+    One that looks at shapes or takes norms of whole tensors (Adafactor, LAMB, Muon) sees two vectors.
+
+    Returns:
+        How many VAEs are flat; one of which only some parameters train stays as it is.
+    """
+    return sum(module.flatten() for module in _owners(model).values())
+
+
+def split_flat(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of the model's parameters (themselves, gradients, moments), with the parts in the place of
+    each flat one: views, by their names in state dicts. Empty ones, of ZeRO-3's shards, stay empty."""
+    owners = _owners(model)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        path, _, own = name.rpartition(".")
+        if path in owners and own in (WEIGHTS, BIASES):
+            parts = owners[path].parts_of(own)
+            views = ((part.name, part.of(tensor) if tensor.numel() else tensor) for part in parts)
+            found |= {_join(path, part): view for part, view in views}
+        else:
+            found[name] = tensor
+    return found
+
+
+def join_flat(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `split_flat`.
+
+    Raises:
+        ValueError: a part is missing, or has another shape.
+    """
+    found = dict(tensors)
+    for path, owner in _owners(model).items():
+        for kind in (WEIGHTS, BIASES):
+            pieces = []
+            for part in owner.parts_of(kind):
+                name = _join(path, part.name)
+                value = found.pop(name, None)
+                if value is None or value.shape != part.shape:
+                    raise ValueError(f"{name} is missing or has another shape")
+                pieces.append(value.flatten())
+            if pieces:
+                found[_join(path, kind)] = torch.cat(pieces)
+    return found
+
+
+def _owners(model: nn.Module) -> dict[str, FlatModule]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FlatModule)}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
