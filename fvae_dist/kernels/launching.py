@@ -186,7 +186,8 @@ class Plan:
         # Of an adapter: numbers of `packed` but for its up-projection, of `parameters`, and of the gradient.
         self.num_packed = features * (2 * self.parts * spec.encoder_hidden + spec.decoder_hidden)
         self.stride = 2 * features + spec.num_small
-        self.num_parameters = features * spec.num_of_feature + spec.num_small
+        self.num_outer, self.num_of_features = spec.num_outer, features * spec.num_of_feature
+        self.num_parameters = self.num_of_features + spec.num_small
         # What the gradient is split into, and what is then to be viewed in another shape.
         shapes = adapters * spec.shapes(features)
         self.sizes = [math.prod(shape) for shape in shapes]

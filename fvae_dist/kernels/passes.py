@@ -184,7 +184,7 @@ class Run:
         if d_loss is None or not _is_one_block(d_loss, d_losses, num_tokens):
             d_loss = torch.stack([wide(num_tokens).zero_() if loss is None else loss.reshape(-1) for loss in d_losses])
         d_units = state.x.new_empty(number * num_tokens * (2 * hidden + depth * width))
-        of_tokens = wide((plan.latent_programs, number, spec.num_outer) if plan.sums_fit else 0)
+        of_tokens = wide((plan.latent_programs, number, plan.num_outer) if plan.sums_fit else 0)
         d_posterior = wide(0 if plan.sums_fit else (number, num_tokens, 4, spec.r))
         of_features = wide((plan.feature_chunks, number, plan.num_parameters))
         d_x = state.x.new_empty(self.shape) if needs_x else None
@@ -194,7 +194,7 @@ class Run:
             stream = stream_of(state.x.device)
             if plan.by_products:
                 rows = None if d_x is None else d_x.view(num_tokens, features)
-                at_decoder = slice(2 * hidden * features, features * spec.num_of_feature)
+                at_decoder = slice(2 * hidden * features, plan.num_of_features)
                 of_decoder = of_features[0, :, at_decoder]
                 d_last = backward_likelihood(plan, spec, stream, decoder, d_loss, rows, of_decoder)
             else:
@@ -214,11 +214,11 @@ class Run:
                     plan.feature_chunk,
                 )  # fmt: skip
             # The gradient of all adapters, in which each kernel's sums have their place.
-            flat, first = of_features[0], features * spec.num_of_feature
+            flat, first = of_features[0], plan.num_of_features
             if len(of_features) > 1:
                 flat = wide(flat.shape)
                 torch.sum(of_features[:, :, :first], 0, out=flat[:, :first])
-            outer, inner = flat[:, first : first + spec.num_outer], flat[:, first + spec.num_outer :]
+            outer, inner = flat[:, first : first + plan.num_outer], flat[:, first + plan.num_outer :]
             if plan.sums_fit:
                 torch.sum(of_tokens, 0, out=outer)
             else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fvae_dist.adapter.flat import split_flat
+from fvae_dist.training.zero3 import no_leaf_reduction
 
 KINDS = ("encoder1", "encoder2", "decoder", "lora_B")
 
@@ -36,7 +37,8 @@ class GradientSplit:
         for part in ("task", "side"):
             # The training pass that follows must draw what it would have drawn.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                loss = losses()[part]
+                with no_leaf_reduction(self._model):
+                    loss = losses()[part]
                 gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=False)
             self._add(part, gradients)
 

@@ -9,16 +9,23 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fvae_dist.adapter.flat import flatten
 from tests.distributed import layouts
 
 LAYOUTS = ("z3_sft_full", "z3_sft_off")
-# With the fused kernels: as a unit of ZeRO-3; with resident weights, q and v computed at once; in DDP, selectively.
+RESIDENT = {"resident_weights": True}
+# With the fused kernels: as a unit of ZeRO-3; with resident weights, q and v computed at once; in DDP, selectively. With
+# flat adapters and those, or torch's.
 FUSED = {
     "fused_z3_sft_full": {},
-    "fused_resident_z3_sft_full": {"resident_weights": True},
+    "fused_resident_z3_sft_full": RESIDENT,
     "fused_ddp_sft_selective": {},
+    "flat_fused_z3_sft_full": {},
+    "flat_fused_resident_z3_sft_full": RESIDENT,
+    "flat_fused_ddp_sft_selective": {},
+    "flat_z3_sft_off": {"gradient_split_every": 1},
+    "flat_z2_sft_full": {},
 }
-RESIDENT = {"resident_weights": True}
 GATHERS = {"all_gather": 0, "all_gather_into_tensor": 0, "allgather_fn": 0}  # position of what is filled
 
 
@@ -60,10 +67,19 @@ def one_step(run_class: Any, folder: Path, layout: str) -> dict[str, Any]:
 
 
 def fused_step(run_class: Any, folder: Path, name: str) -> dict[str, Any]:
-    """A layout's step with the fused kernels, on a CPU in Triton's interpreter."""
-    layout = name.removeprefix("fused_").removeprefix("resident_")
-    changes = {"adapter": {"kernel": "fused"}, "trainer_arguments": FUSED[name]}
-    return run_class(folder, name, **layouts.settings(layout) | changes).train()
+    """A layout's step with the fused kernels, on a CPU in Triton's interpreter, or with flat adapters, or both."""
+    layout = name.removeprefix("flat_").removeprefix("fused_").removeprefix("resident_")
+    settings = layouts.settings(layout)
+    before = settings.get("prepare_model", lambda model: None)
+
+    def prepare(model: torch.nn.Module) -> None:
+        before(model)
+        if name.startswith("flat_"):
+            flatten(model)
+
+    kernel = "fused" if "fused_" in name else "auto"
+    changes = {"adapter": {"kernel": kernel}, "trainer_arguments": FUSED[name], "prepare_model": prepare}
+    return run_class(folder, name, **settings | changes).train()
 
 
 def odd_sizes(run_class: Any, folder: Path) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def losses(log):
     return [[row[key] for key in keys] for row in log if "loss/task" in row]
 
 
-@pytest.mark.parametrize("layout", ["zero3", "resident", "zero2", "zero0", "ddp"])
+@pytest.mark.parametrize("layout", ["zero3", "resident", "zero2", "zero0", "ddp", "flat_ddp", "flat_resident"])
 def test_one_rank_goes_on_as_two(two_ranks, layout):
     """Four steps in one process against two in it and two on two ranks, with other micro-batches and accumulation."""
     output = two_ranks.folder / "out" / "one_rank"
@@ -227,7 +227,8 @@ def test_one_rank_goes_on_as_two(two_ranks, layout):
     final = adapter_on_disk(output / "checkpoint-4")
     for rank in range(2):
         result = two_ranks.result("elastic", rank)[layout]
-        assert result["stage"] == {"zero3": 3, "resident": 3, "zero2": 2, "zero0": 0, "ddp": None}[layout]
+        stages = {"zero3": 3, "resident": 3, "zero2": 2, "zero0": 0, "ddp": None}
+        assert result["stage"] == stages[layout.removeprefix("flat_")]
         for actual, wanted in zip(losses(result["log"]), expected, strict=True):
             assert actual == pytest.approx(wanted, rel=ELASTIC_RTOL)
         for name, value in result["final"].items():

@@ -35,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fvae_dist import FVAETrainerMixin
 from fvae_dist.adapter import linears
+from fvae_dist.adapter.flat import flatten, split_flat
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
@@ -86,7 +87,7 @@ class Watch(TrainerCallback):
                 return step(*step_args, **step_kwargs)
 
             engine.step = read_then_step
-        self.facts["start"] = whole(trainable(model))
+        self.facts["start"] = split_flat(model, whole(trainable(model)))
         self.facts["frozen"] = whole(frozen(model))
         self.facts["seed_draw"] = torch.randn(4)
         functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
@@ -99,7 +100,9 @@ class Watch(TrainerCallback):
 
     def read(self, gradient_of: Any) -> None:
         if not self.gradients:
-            self.gradients = {name: gradient_of(p).cpu().clone() for name, p in trainable(self.trainer.model).items()}
+            model = self.trainer.model
+            found = {name: gradient_of(p).cpu().clone() for name, p in trainable(model).items()}
+            self.gradients = split_flat(model, found)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -254,8 +257,8 @@ class Run:
             "gradients": self.watch.gradients,
             **self.watch.facts,
             "frozen_after": whole(frozen(trainer.model)),
-            "final": whole(trainable(trainer.model)),
-            "masters": masters,
+            "final": split_flat(trainer.model, whole(trainable(trainer.model))),
+            "masters": split_flat(trainer.model, masters),
             "dtypes": {name: str(p.dtype) for name, p in trainer.model.named_parameters()},
             "log": trainer.state.log_history,
             "seen": trainer.seen,
@@ -456,15 +459,17 @@ def resume(folder: Path) -> dict[str, Any]:
 
 
 def elastic(folder: Path) -> dict[str, Any]:
-    """The last two of four steps, from the checkpoint of one process, in three layouts of the same global batch."""
+    """The last two of four steps, from the checkpoint of one process, in layouts of the same global batch, of which some
+    have flat adapters."""
     checkpoint = str(folder / "out" / "one_rank" / "checkpoint-2")
     splits = {
         "zero3": {"stage": 3, "micro_batch": 2, "accumulation": 2},
-        "zero2": {"stage": 2, "micro_batch": 1, "accumulation": 4},
+        "zero2": {"stage": 2, "micro_batch": 1, "accumulation": 4, "prepare_model": flatten},
         "zero0": {"stage": 0, "micro_batch": 4, "accumulation": 1},
         "ddp": {"stage": None, "micro_batch": 2, "accumulation": 2},
         "resident": {"stage": 3, "micro_batch": 2, "accumulation": 2, "trainer_arguments": resident.RESIDENT},
     }
+    splits["flat_ddp"], splits["flat_resident"] = ({**splits[n], "prepare_model": flatten} for n in ("ddp", "resident"))
     arguments = {"lr_scheduler_type": "linear"}
     return {
         name: Run(folder, f"elastic_{name}", steps=4, num_rows=40, arguments=arguments, **split).train(checkpoint)
