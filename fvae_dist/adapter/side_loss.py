@@ -40,7 +40,7 @@ class _Report(NamedTuple):
 
     entry: int
     neg_elbo: Tensor  # (...)
-    mask: Tensor | None  # None: every token counts
+    mask: Tensor
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Collector:
         self._entries: dict[tuple[nn.Module, str], _Entry] = {}
         self._reports: list[_Report] = []
         # Masks in the shape and dtype of the reports: reports of one forward of the model share one.
-        self._masks: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[Any, tuple[Tensor | None, Tensor]] = {}
         # Statistics of reports that can be added up together, and such sums with the entries they are of.
         self._pending: dict[Any, list[tuple[_Report, TokenStatistics]]] = {}
         self._sums: list[tuple[list[int], dict[str, Tensor]]] = []
@@ -138,26 +138,20 @@ class Collector:
         """(L,), over the counted tokens, differentiable."""
 
         def sums(same: list[_Report]) -> Tensor:
-            flat, mask = [report.neg_elbo.flatten() for report in same], same[0].mask
-            rows = flat[0][None] if len(flat) == 1 else torch.stack(flat)
-            return rows.sum(-1) if mask is None else (rows * mask).sum(-1)
+            rows = [report.neg_elbo.flatten() for report in same]
+            return ((rows[0][None] if len(rows) == 1 else torch.stack(rows)) * same[0].mask).sum(-1)
 
         return self._over_reports(sums)
 
     def _token_counts(self) -> Tensor:
         """(L,)"""
-
-        def counts(same: list[_Report]) -> Tensor:
-            values, mask = same[0].neg_elbo.detach(), same[0].mask
-            return values.new_full((len(same),), values.numel()) if mask is None else mask.sum().expand(len(same))
-
-        return self._over_reports(counts)
+        return self._over_reports(lambda same: same[0].mask.sum().expand(len(same)))
 
     def _over_reports(self, of_same_mask: Callable[[list[_Report]], Tensor]) -> Tensor:
         """(L,) from a function that gives the values of reports with one mask, all of them at once."""
-        groups: dict[Any, list[_Report]] = {}
+        groups: dict[int, list[_Report]] = {}
         for report in self._reports:
-            groups.setdefault((id(report.mask), report.neg_elbo.numel()), []).append(report)
+            groups.setdefault(id(report.mask), []).append(report)
         parts = [of_same_mask(same) for same in groups.values()]
         values = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._by_entry(values, [report.entry for same in groups.values() for report in same])
@@ -240,23 +234,20 @@ class Collector:
     def _add_up_pending(self) -> None:
         for pending in self._pending.values():
             reports, statistics = zip(*pending)
-            mask = reports[0].mask
-            weights = torch.ones_like(reports[0].neg_elbo.detach()) if mask is None else mask
-            self._sums.append(([report.entry for report in reports], sums_over_tokens(statistics, weights)))
+            self._sums.append(([report.entry for report in reports], sums_over_tokens(statistics, reports[0].mask)))
         self._pending.clear()
 
-    def _mask_for(self, name: str, values: Tensor) -> Tensor | None:
+    def _mask_for(self, name: str, values: Tensor) -> Tensor:
         """The mask flattened, as floating-point numbers beside `values`; the same tensor for the same mask."""
-        if self._mask is None:
-            return None
         alike = (id(self._mask), values.numel(), values.dtype, values.device)
         if alike not in self._masks:
-            self._masks[alike] = (self._mask, self._as_weights(name, self._mask, values))  # to keep the mask's id its own
+            self._masks[alike] = (self._mask, self._as_weights(name, values))  # the mask too, to keep its id its own
         return self._masks[alike][1]
 
-    @staticmethod
-    def _as_weights(name: str, mask: Tensor, values: Tensor) -> Tensor:
-        mask = mask.to(device=values.device, dtype=values.dtype)
+    def _as_weights(self, name: str, values: Tensor) -> Tensor:
+        if self._mask is None:
+            return torch.ones_like(values, requires_grad=False).flatten()
+        mask = self._mask.to(device=values.device, dtype=values.dtype)
         if mask.numel() != values.numel():
             raise ValueError(
                 f"{name} saw {values.numel()} tokens where the token mask has {mask.numel()}: layers that see only "

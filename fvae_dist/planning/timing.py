@@ -78,7 +78,7 @@ def estimate_step(
         products_s=accumulation * (products + head_products),
         attention_s=accumulation * attention,
         elementwise_s=accumulation * (elementwise + head_elementwise) + copies,
-        host_s=accumulation * _host(subject, choice, traces),
+        host_s=accumulation * _host(subject, choice, traces) + _host_of_step(choice),
         traffic=traffic,
         tokens=float(accumulation * sequences * length),
     )
@@ -125,14 +125,20 @@ def _head(subject: Subject, gpu: Gpu, num_tokens: int) -> tuple[float, float]:
     return 6 * logits * subject.hidden / rate, 6 * logits * subject.settings.bytes_per_weight / gpu.copy_bytes
 
 
+def _host_of_step(choice: Choice) -> float:
+    """Seconds of Python in one step, however many micro-steps and tensors it has."""
+    more = constant("zero2_host_ms_per_step") if choice.stage in (1, 2) else 0.0
+    return 1e-3 * (constant("host_ms_per_step") + more)
+
+
 def _host(subject: Subject, choice: Choice, traces: LayerTraces) -> float:
     """Seconds of Python in one micro-step. DeepSpeed's hooks for gathers outweigh the launches, which they include."""
     if choice.gathers:
         modules = subject.num_layers * subject.modules_per_layer * constant("zero3_host_ms_per_module")
         tensors = len(subject.trainable_sizes) * constant("zero3_host_ms_per_adapter_tensor")
         return 1e-3 * choice.passes * (modules + tensors)
-    of_tensor = {1: "zero2", 2: "zero2", 3: "resident"}.get(choice.stage)
-    tensors = len(subject.trainable_sizes) * constant(f"{of_tensor}_host_ms_per_adapter_tensor") if of_tensor else 0.0
+    kind = {1: "zero2", 2: "zero2", 3: "resident"}.get(choice.stage)
+    tensors = len(subject.trainable_sizes) * constant(f"{kind}_host_ms_per_adapter_tensor") if kind else 0.0
     kernels = 0
     for trace, count in (
         (traces.whole, subject.adapted_layers),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from fvae_dist.adapter.flat import BIASES, WEIGHTS, flatten, join_flat, split_fl
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.adapter.vae import FactorizedVAE
 from fvae_dist.kernels.launching import flat_order
+from fvae_dist.training.implementations import has_flat_adapters
 from tests.adapted import IDS, logits, trained
 from tests.fused import make, make_block, run, run_block
+from tests.methods import one_process, prepare, train, write_base
 from tests.models import named_gradients, named_parts, randomise, tiny_adapter, tiny_model
+from tests.recipes import make_recipe
 
 SETTINGS = [{}, {"encoder_layers": 0}, {"encoder_shared_trunk": False, "encoder_layers": 2}, {"inference_only": True}]
 FILE = "adapter_model.safetensors"
@@ -118,6 +122,44 @@ def test_saved_for_inference_alone(tmp_path):
         model.save_pretrained(tmp_path / name, inference_only=True)
     expected, found = (load_file(tmp_path / name / FILE) for name in ("plain", "flat"))
     assert found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_recipe_trains_flat_adapters_and_resumes_either(tmp_path, monkeypatch):
+    """Two steps of four with adapters of one kind, the others with those of the other: the run that is not interrupted."""
+    one_process(monkeypatch)
+    write_base(tmp_path)
+    finals = {}
+    for first, second in ((False, False), (True, True), (False, True), (True, False)):
+        output = tmp_path / f"{first}-{second}"
+        settings = {"output_dir": str(output), "max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+        adapter = {"peft_type": "FVAE_LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+        trainer = train(prepare(tmp_path, adapter, **settings, flat_adapters=first))
+        assert any(name.endswith(WEIGHTS) for name, _ in trainer.model.named_parameters()) == first
+        shutil.rmtree(output / "checkpoint-4")
+        resume = str(output / "checkpoint-2")
+        train(prepare(tmp_path, adapter, resume=resume, **settings, flat_adapters=second))
+        finals[first, second] = load_file(output / "adapter" / FILE)
+    expected = finals.pop((False, False))
+    for kinds, tensors in finals.items():
+        assert tensors.keys() == expected.keys()
+        for name, value in expected.items():
+            # Of a learning rate of 1e-2: where a gradient is nearly 0, Adam makes much of its last bits.
+            torch.testing.assert_close(tensors[name], value, rtol=1e-5, atol=2e-6, msg=f"{kinds}: {name}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "use_cpu", "dtype", "expected"),
+    [
+        ("auto", False, "bfloat16", True),
+        ("auto", True, "bfloat16", False),
+        ("auto", False, "float32", False),
+        (True, True, "float32", True),
+        (False, False, "bfloat16", False),
+    ],
+)
+def test_flat_where_the_host_has_no_time(tmp_path, asked, use_cpu, dtype, expected):
+    recipe = make_recipe(tmp_path, tmp_path, model={"dtype": dtype}, training={"flat_adapters": asked})
+    assert has_flat_adapters(recipe, use_cpu) is expected
 
 
 # ---------------------------------------------------------------------------------------------------- two parameters
