@@ -54,6 +54,8 @@ _LAYER = [
     Column("label", "variant"),
     *_TIMES,
     Column("above_base_ms", "above base ms", ",.3f"),
+    Column("device_ms", "GPU ms", ",.3f"),
+    Column("device_above_base_ms", "GPU above base ms", ",.3f"),
     Column("adapter_floor_ms", "adapter's floor ms", ",.3f"),
     Column("adapter_x_floor", "x adapter's floor", ",.2f"),
     Column("ratio_to_lora", "/ LoRA", ".3f"),
@@ -143,7 +145,8 @@ def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, c
     )
     notes = [
         f"Medians and quartiles of {args.rounds} rounds in which the variants take turns; differences and ratios are "
-        "medians over rounds. Floor: base and adapter together; peak: above what lay there before.",
+        "medians over rounds. Floor: base and adapter together; GPU: what it works in a call, by torch's profiler, where "
+        "a layer by itself waits for the host; peak: above what lay there before.",
     ]
     title = f"One layer, {args.dim} x {out_dim}, r = {args.r}, {dtype_name(dtype)}, forward and backward"
     report = Report(title, _head(args, device, dtype, ceilings), _LAYER, Axes("ms", "ms"), notes)

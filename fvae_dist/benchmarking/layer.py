@@ -16,7 +16,14 @@ from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.benchmarking.floor import Ceilings, LayerSize, base_floor
 from fvae_dist.benchmarking.reference import build_reference_layer, reference_loss
 from fvae_dist.benchmarking.samples import add_times, paired_difference, paired_ratio
-from fvae_dist.benchmarking.timing import Measured, describe, drop_gradients, free_memory, measure_in_turn
+from fvae_dist.benchmarking.timing import (
+    Measured,
+    describe,
+    device_milliseconds,
+    drop_gradients,
+    free_memory,
+    measure_in_turn,
+)
 from fvae_dist.benchmarking.variants import BASE, FUSED, LABELS, LORA, REFERENCE, TORCH, AdapterSize, autocast
 
 _NAME = "linear"
@@ -98,7 +105,12 @@ def _measure(run: LayerRun, models: dict[str, nn.Module], tokens: int) -> dict[s
         for model in models.values():
             drop_gradients([x, *model.parameters()])
 
-    return measure_in_turn(calls, run.device, run.rounds, run.warm_up, repeats, forget)
+    measured = measure_in_turn(calls, run.device, run.rounds, run.warm_up, repeats, forget)
+    for name, result in measured.items():
+        forget(name)
+        if not result.error:
+            result.device_ms = device_milliseconds(calls[name], run.device)
+    return measured
 
 
 def _call(run: LayerRun, name: str, model: nn.Module, x: Tensor, dy: Tensor, noise: TokenNoise) -> Callable[[], object]:
@@ -141,7 +153,10 @@ def _row(run: LayerRun, ceilings: Ceilings, tokens: int, name: str, measured: di
     operations = base_floor(size).operations() + (adapter.operations() if adapter else 0.0)
     row["tflops"] = operations / seconds / 1e12
     row["extra_mib"] = None if result.extra_bytes is None else result.extra_bytes / 2**20
+    row["device_ms"] = result.device_ms
     base, lora = (measured[other].ms if other in measured else [] for other in (BASE, LORA))
+    if base and adapter and result.device_ms is not None:
+        row["device_above_base_ms"] = result.device_ms - (measured[BASE].device_ms or 0.0)
     if base and adapter:
         row["above_base_ms"] = paired_difference(result.ms, base)
         row["adapter_x_floor"] = row["above_base_ms"] / row["adapter_floor_ms"]

@@ -22,6 +22,7 @@ class Measured:
         peak_bytes: allocated at the highest point of any round, all of this process; None on a CPU.
         extra_bytes: of these, what was not allocated when the round began.
         host_peak_bytes: largest resident set of a rank; of training runs only.
+        device_ms: what a GPU works for a call, without waiting for the host; see `device_milliseconds`.
         error: why there is nothing, else empty.
     """
 
@@ -29,6 +30,7 @@ class Measured:
     peak_bytes: int | None = None
     extra_bytes: int | None = None
     host_peak_bytes: int | None = None
+    device_ms: float | None = None
     error: str = ""
 
 
@@ -60,6 +62,24 @@ def measure_in_turn(
                 result.ms.clear()
                 free_memory(device)
     return results
+
+
+def device_milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float | None:
+    """Of all kernels and copies of one call together, by torch's profiler; None on a CPU. Where the host is what a call
+    waits for, as a layer by itself does, this is what it costs a GPU inside a model."""
+    if device.type != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    synchronise(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            call()
+        synchronise(device)
+    of_device = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in of_device) / 1e3 / repeats
 
 
 def _attempt(call: Callable[[], object], device: torch.device, repeats: int, result: Measured, counts: bool) -> str:
