@@ -192,10 +192,10 @@ class Plan:
         shapes = adapters * spec.shapes(features)
         self.sizes = [math.prod(shape) for shape in shapes]
         self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
-        # Which of an adapter's parameters stand one behind the other in flat ones, and how long these are; where each of
-        # their numbers stands in the gradient.
-        each, first = len(shapes) // adapters, shapes[: len(shapes) // adapters]
-        kinds = [[i for i in range(each) if (len(first[i]) > 1) == is_matrix] for is_matrix in (True, False)]
+        # Which parameters stand one behind the other in flat ones, how long these are, and where in the gradient each of
+        # their numbers is.
+        each = len(shapes) // adapters
+        kinds = [[i for i in range(each) if (len(shapes[i]) > 1) == is_matrix] for is_matrix in (True, False)]
         self.flat_indices = [each * adapter + i for adapter in range(adapters) for kind in kinds for i in kind]
         self.flat_sizes = adapters * [sum(self.sizes[i] for i in kind) for kind in kinds]
         self.order = flat_order(spec, features, device)

@@ -39,7 +39,7 @@ def pack_kernel(
 ):  # fmt: skip
     """The wide weights of all adapters in x's dtype: of both trunks (G, PARTS, 2H, D), for 16 bit in two parts, which
     is as exact as a 16-bit x allows; the decoder's output weight (G, D, W); the up-projections, one after the other.
-    All others as they are: parameters (G, stride). PAIRS: numbers of the others' weights and biases, but for the first."""
+    All others as they are: parameters (G, stride). PAIRS: numbers of weight and bias of heads and hidden layers."""
     ELEMENT: tl.constexpr = packed_ptr.dtype.element_ty
     of = tl.program_id(1)
     weights, biases, up, num_up, first_up = weights_0, biases_0, up_0, num_up_0, 0

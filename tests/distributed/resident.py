@@ -14,8 +14,8 @@ from tests.distributed import layouts
 
 LAYOUTS = ("z3_sft_full", "z3_sft_off")
 RESIDENT = {"resident_weights": True}
-# With the fused kernels: as a unit of ZeRO-3; with resident weights, q and v computed at once; in DDP, selectively. With
-# flat adapters and those, or torch's.
+# With the fused kernels: as a unit of ZeRO-3; with resident weights, q and v computed at once; in DDP, selectively.
+# Flat adapters with them, and with torch's.
 FUSED = {
     "fused_z3_sft_full": {},
     "fused_resident_z3_sft_full": RESIDENT,

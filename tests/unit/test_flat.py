@@ -125,7 +125,7 @@ def test_saved_for_inference_alone(tmp_path):
 
 
 def test_recipe_trains_flat_adapters_and_resumes_either(tmp_path, monkeypatch):
-    """Two steps of four with adapters of one kind, the others with those of the other: the run that is not interrupted."""
+    """Two of four steps with adapters of one kind, the others with those of the other: the same run."""
     one_process(monkeypatch)
     write_base(tmp_path)
     finals = {}
@@ -294,7 +294,7 @@ def test_split_and_join_are_each_others_reverse():
     assert joined.keys() == parameters.keys()
     assert all(torch.equal(value, parameters[name]) for name, value in joined.items())
     for damaged in (parts | {"fvae_vae.decoder.scale": torch.zeros(5)}, {"other": parts["other"]}):
-        with pytest.raises(ValueError, match="fvae_vae.* is missing or has another shape"):
+        with pytest.raises(ValueError, match=r"fvae_vae.* is missing or has another shape"):
             join_flat(model, damaged)
 
 
