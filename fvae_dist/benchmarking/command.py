@@ -145,8 +145,8 @@ def _layer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, c
     )
     notes = [
         f"Medians and quartiles of {args.rounds} rounds in which the variants take turns; differences and ratios are "
-        "medians over rounds. Floor: base and adapter together; GPU: what it works in a call, by torch's profiler (a layer "
-        "by itself may wait for the host); peak: above what lay there before.",
+        "medians over rounds. Floor: base and adapter together; GPU: what it works in a call, by torch's profiler (a "
+        "layer by itself may wait for the host); peak: above what lay there before.",
     ]
     title = f"One layer, {args.dim} x {out_dim}, r = {args.r}, {dtype_name(dtype)}, forward and backward"
     report = Report(title, _head(args, device, dtype, ceilings), _LAYER, Axes("ms", "ms"), notes)

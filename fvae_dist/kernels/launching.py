@@ -192,8 +192,8 @@ class Plan:
         shapes = adapters * spec.shapes(features)
         self.sizes = [math.prod(shape) for shape in shapes]
         self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
-        # Which parameters stand one behind the other in flat ones, how long these are, and where in the gradient each of
-        # their numbers is.
+        # Which parameters stand one behind the other in flat ones, how long these are, and where in the gradient each
+        # of their numbers is.
         each = len(shapes) // adapters
         kinds = [[i for i in range(each) if (len(shapes[i]) > 1) == is_matrix] for is_matrix in (True, False)]
         self.flat_indices = [each * adapter + i for adapter in range(adapters) for kind in kinds for i in kind]

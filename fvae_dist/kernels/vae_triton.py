@@ -16,9 +16,9 @@ An adapter's parameters come as two flat ones. Its weights: of both trunks, (H, 
 (D, W), the heads of mean and log-variance (R, H) of one encoder and of the other, the decoder's hidden layers (W, in).
 Its biases: the decoder's output bias (D) and scale (D), both trunks' (H each), the heads' (R), the hidden layers' (W).
 The wide weights, the trunks' and the output's, are packed in x's dtype (`packed`, the up-projections behind them); the
-others become one fp32 vector (`parameters`) in the order output bias, scale, trunks' biases, then weight and bias of each
-head and hidden layer. Gradients leave in the order trunks, output weight, and on as in `parameters`, one row for each
-program, to be added up in a fixed order: no atomics, so that two runs are equal bit for bit.
+others become one fp32 vector (`parameters`) in the order output bias, scale, trunks' biases, then weight and bias of
+each head and hidden layer. Gradients leave in the order trunks, output weight, and on as in `parameters`, one row for
+each program, to be added up in a fixed order: no atomics, so that two runs are equal bit for bit.
 
 Sizes: G adapters, T tokens, D features, R latent dimensions, H width of the trunks, W of the decoder, DEPTH its hidden
 layers, Z what it reads (2R, or R for the average); GB, RB, HB, WB are padded to a power of two, BT and BD are tiles.

@@ -459,8 +459,8 @@ def resume(folder: Path) -> dict[str, Any]:
 
 
 def elastic(folder: Path) -> dict[str, Any]:
-    """The last two of four steps, from the checkpoint of one process, in layouts of the same global batch; some have flat
-    adapters."""
+    """The last two of four steps, from the checkpoint of one process, in layouts of the same global batch; some have
+    flat adapters."""
     checkpoint = str(folder / "out" / "one_rank" / "checkpoint-2")
     splits = {
         "zero3": {"stage": 3, "micro_batch": 2, "accumulation": 2},
