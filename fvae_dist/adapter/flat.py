@@ -10,6 +10,7 @@ says whether they were flat.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ class InFlat:
     def __set__(self, module: Any, value: Any) -> None:
         """`module.weight += ...` ends here, its work done; anything else would be a tensor that nobody saves."""
         own = self.__get__(module)
-        if value is not own and (value.shape, value.data_ptr()) != (own.shape, own.data_ptr()):
+        is_own = torch.is_tensor(value) and (value.shape, value.data_ptr()) == (own.shape, own.data_ptr())
+        if not is_own:
             raise AttributeError(f"{self._name} is a part of a flat parameter: change its values in place")
 
 
@@ -85,34 +87,37 @@ class FlatModule(Fp32Module):
     def __init__(self, first: Sequence[str] = ()):
         super().__init__()
         self._first = tuple(first)
-        self.parts: dict[str, Part] = {}  # by name, in the order of the submodules; empty until they are flat
+        # By name, in the order of the submodules, and of each flat parameter in its own; empty until they are flat.
+        self.parts: dict[str, Part] = {}
+        self.parts_of: dict[str, list[Part]] = {WEIGHTS: [], BIASES: []}
         self._views: dict[str, Tensor] | None = None
-
-    def layout(self) -> tuple[list[str], list[str]]:
-        """Names of the matrices and of all others, each in the order of a flat parameter."""
-        if self.parts:
-            return tuple([part.name for part in self.parts_of(kind)] for kind in (WEIGHTS, BIASES))  # type: ignore[return-value]
-        found = dict(self.named_parameters())
-        names = dict.fromkeys([name for name in self._first if name in found] + list(found))
-        return [n for n in names if found[n].dim() > 1], [n for n in names if found[n].dim() < 2]
 
     def flatten(self) -> bool:
         """Take over the parameters of all submodules. False, and nothing is changed, where some of them train and
-        others do not."""
+        others do not.
+
+        Raises:
+            RuntimeError: ZeRO-3 has partitioned them, or they have gradients, and so an optimizer, already.
+        """
         found = dict(self.named_parameters())
         if self.parts or len({parameter.requires_grad for parameter in found.values()}) > 1:
             return bool(self.parts)
-        parts: dict[str, Part] = {}
-        for kind, names in zip((WEIGHTS, BIASES), self.layout()):
-            start = 0
-            for name in names:
-                parts[name] = Part(name, found[name].shape, kind, start)
-                start += found[name].numel()
+        if any(hasattr(parameter, "ds_id") for parameter in found.values()):
+            raise RuntimeError("flatten adapters before ZeRO-3 partitions them")
+        if any(parameter.grad is not None for parameter in found.values()):
+            raise RuntimeError("flatten adapters before an optimizer is made: these have gradients already")
+        names = dict.fromkeys([name for name in self._first if name in found] + list(found))
         for kind in (WEIGHTS, BIASES):
-            tensors = [found[name] for name, part in parts.items() if part.flat == kind]
-            values = torch.cat([tensor.detach().flatten() for tensor in tensors])
-            setattr(self, kind, nn.Parameter(values, tensors[0].requires_grad))
-        self.parts = {name: parts[name] for name in found}
+            tensors = {name: found[name] for name in names if (found[name].dim() > 1) == (kind == WEIGHTS)}
+            start = 0
+            for name, tensor in tensors.items():
+                self.parts_of[kind].append(Part(name, tensor.shape, kind, start))
+                start += tensor.numel()
+            with torch.inference_mode(False):
+                values = torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
+                setattr(self, kind, nn.Parameter(values, next(iter(tensors.values())).requires_grad))
+        by_name = {part.name: part for of_kind in self.parts_of.values() for part in of_kind}
+        self.parts = {name: by_name[name] for name in found}
         for name in found:
             path, _, own = name.rpartition(".")
             module = self.get_submodule(path)
@@ -121,37 +126,31 @@ class FlatModule(Fp32Module):
         return True
 
     def part(self, name: str) -> Tensor:
-        """The parameter of that name, a view through which gradients flow.
-
-        Raises:
-            RuntimeError: ZeRO-3 has partitioned it.
-        """
+        """The parameter of that name, a view through which gradients flow; of ZeRO-3's shards the flat one, empty."""
         if self._views is not None:
             return self._views[name]
         part = self.parts[name]
-        return part.of(self._whole(part.flat))
-
-    def parts_of(self, kind: str) -> list[Part]:
-        """Of one flat parameter, in their order there."""
-        return sorted((part for part in self.parts.values() if part.flat == kind), key=lambda part: part.start)
-
-    def _whole(self, kind: str) -> Tensor:
-        flat: Any = self._parameters[kind]
-        if not flat.numel():
-            raise RuntimeError(f"{kind} of a {type(self).__name__} is partitioned by ZeRO-3 and has not been gathered")
-        return flat
+        flat: Any = self._parameters[part.flat]
+        return part.of(flat) if flat.numel() else flat
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Inside, every part is the same view each time: one operation for autograd, where each view would be one whose
-        gradient is as large as the whole."""
+        gradient is as large as the whole.
+
+        Raises:
+            RuntimeError: ZeRO-3 has partitioned them.
+        """
         before = self._views
         try:
             if self.parts:
                 views: dict[str, Tensor] = {}
-                for kind in (WEIGHTS, BIASES):
-                    parts = self.parts_of(kind)
-                    pieces = self._whole(kind).split_with_sizes([part.size for part in parts])
+                for kind, parts in self.parts_of.items():
+                    flat: Any = self._parameters[kind]
+                    if not flat.numel():
+                        name = type(self).__name__
+                        raise RuntimeError(f"{kind} of a {name} is partitioned by ZeRO-3 and has not been gathered")
+                    pieces = flat.split_with_sizes([part.size for part in parts])
                     views |= {part.name: piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)}
                 self._views = views
             yield
@@ -166,8 +165,8 @@ class FlatModule(Fp32Module):
             return
         for part in self.parts.values():
             flat: Any = self._parameters[part.flat]
-            flat = flat if keep_vars else flat.detach()
-            destination[prefix + part.name] = part.of(flat) if flat.numel() else flat  # empty: a shard of ZeRO-3
+            value = part.of(flat) if flat.numel() else flat  # empty: a shard of ZeRO-3
+            destination[prefix + part.name] = value if keep_vars else _with_own_storage(value.detach())
 
     def _load_from_state_dict(
         self,
@@ -186,6 +185,10 @@ class FlatModule(Fp32Module):
         hooks: Any = self._load_state_dict_pre_hooks.values()
         for hook in hooks:
             hook(state_dict, prefix, *rest)
+        for kind, parts in self.parts_of.items():  # DeepSpeed's own state dicts have the names of parameters
+            if prefix + kind in state_dict:
+                whole = state_dict.pop(prefix + kind)
+                state_dict.update({prefix + part.name: part.of(whole) for part in parts})
         # Taken out, so that submodules do not find values for which they have no parameters.
         found = {name: state_dict.pop(prefix + name) for name in self.parts if prefix + name in state_dict}
         if strict:
@@ -202,20 +205,36 @@ class FlatModule(Fp32Module):
                 )
                 del found[name]
         for kind in (WEIGHTS, BIASES):
-            self._set_parts(kind, found, local_metadata.get("assign_to_params_buffers", False))
+            problem = self._set_parts(kind, found, local_metadata.get("assign_to_params_buffers", False))
+            if problem:
+                error_msgs.append(f"{prefix}{kind} {problem}")
 
     @torch.no_grad()
-    def _set_parts(self, kind: str, found: Mapping[str, Tensor], assign: bool) -> None:
-        """Values of parts, as many as there are; all of them make another parameter of one on the meta device."""
+    def _set_parts(self, kind: str, found: Mapping[str, Tensor], assign: bool) -> str:
+        """Set the values of parts, as many as there are; all of them make another parameter of one on the meta device.
+        Returns why that cannot be, or nothing."""
         flat: Any = self._parameters[kind]
-        parts = self.parts_of(kind)
-        if assign and flat.is_meta and all(part.name in found for part in parts):
-            values = torch.cat([found[part.name].flatten() for part in parts]).to(flat.dtype)
-            self._parameters[kind] = nn.Parameter(values, flat.requires_grad)
-            return
-        for part in parts:
-            if part.name in found and flat.numel():
-                part.of(flat).copy_(found[part.name])
+        parts = [part for part in self.parts_of[kind] if part.name in found]
+        if not flat.is_meta or not parts:
+            for part in parts:
+                if flat.numel():
+                    part.of(flat).copy_(found[part.name])
+            return ""
+        if not assign:
+            text = f"{kind} is on the meta device: loading values is a no-op (did you mean to pass `assign=True`?)"
+            warnings.warn(text, stacklevel=2)
+            return ""
+        number = len(self.parts_of[kind])
+        if len(parts) < number:
+            return f"is on the meta device and needs all its parts: {len(parts)} of {number} are there"
+        values = torch.cat([found[part.name].flatten() for part in parts]).to(flat.dtype)
+        self._parameters[kind] = nn.Parameter(values, flat.requires_grad)
+        return ""
+
+
+def _with_own_storage(part: Tensor) -> Tensor:
+    """The same memory in a storage of its own: accelerate looks for tensors that share one, and saves one of them."""
+    return part if part.is_meta or not part.numel() else torch.from_dlpack(part)
 
 
 # ------------------------------------------------------------------------------------------------------ of whole models
@@ -224,11 +243,16 @@ class FlatModule(Fp32Module):
 def flatten(model: nn.Module) -> int:
     """Make two parameters of those of every adapter's VAE in the model, before an optimizer is made for them.
 
-    Gradients, and so training, are the same with any optimizer that treats each number by itself, as Adam and SGD do.
-    One that looks at shapes or takes norms of whole tensors (Adafactor, LAMB, Muon) sees two vectors.
+    Gradients are the same, and so is training with an optimizer that treats each number by itself, as Adam and SGD do,
+    and groups that are made by these two names. An optimizer that looks at shapes or takes norms of whole tensors
+    (Adafactor, LAMB, Muon) sees two vectors, and so does a rule for groups that looks at dimensions or at the names
+    of submodules (LoRA+'s). Freeze parts before: afterwards submodules own no parameters.
 
     Returns:
         How many VAEs are flat; one of which only some parameters train stays as it is.
+
+    Raises:
+        RuntimeError: adapters are partitioned by ZeRO-3, or have gradients already.
     """
     return sum(module.flatten() for module in _owners(model).values())
 
@@ -241,7 +265,7 @@ def split_flat(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     for name, tensor in tensors.items():
         path, _, own = name.rpartition(".")
         if path in owners and own in (WEIGHTS, BIASES):
-            parts = owners[path].parts_of(own)
+            parts = owners[path].parts_of[own]
             views = ((part.name, part.of(tensor) if tensor.numel() else tensor) for part in parts)
             found |= {_join(path, part): view for part, view in views}
         else:
@@ -250,23 +274,24 @@ def split_flat(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def join_flat(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `split_flat`.
+    """The reverse of `split_flat`; flat parameters of which no part is there are left out.
 
     Raises:
-        ValueError: a part is missing, or has another shape.
+        ValueError: another part is missing, or has another shape.
     """
     found = dict(tensors)
     for path, owner in _owners(model).items():
-        for kind in (WEIGHTS, BIASES):
+        for kind, parts in owner.parts_of.items():
+            if not any(_join(path, part.name) in found for part in parts):
+                continue
             pieces = []
-            for part in owner.parts_of(kind):
+            for part in parts:
                 name = _join(path, part.name)
                 value = found.pop(name, None)
                 if value is None or value.shape != part.shape:
                     raise ValueError(f"{name} is missing or has another shape")
                 pieces.append(value.flatten())
-            if pieces:
-                found[_join(path, kind)] = torch.cat(pieces)
+            found[_join(path, kind)] = torch.cat(pieces)
     return found
 
 

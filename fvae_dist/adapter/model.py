@@ -138,6 +138,7 @@ class FVAELoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        found = split_flat(model, found)  # of a state dict that DeepSpeed has put together
         if not config.inference_only:
             return found
         unused = re.compile(rf"(^|\.)fvae_vae\.{re.escape(adapter_name)}\.(encoder2|decoder)\.")

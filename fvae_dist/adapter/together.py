@@ -165,4 +165,5 @@ def _plain_weight(base: nn.Module, dtype: torch.dtype) -> Any:
 
 def _is_alike(a: Member, b: Member) -> bool:
     is_same_size = a.layer.in_features == b.layer.in_features and a.vae.fused_spec == b.vae.fused_spec
-    return a.name == b.name and a.scaling == b.scaling and is_same_size
+    is_same_kind = bool(a.vae.parts) == bool(b.vae.parts)
+    return a.name == b.name and a.scaling == b.scaling and is_same_size and is_same_kind

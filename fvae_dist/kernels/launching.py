@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -178,7 +178,7 @@ class Plan:
     """
 
     def __init__(self, spec: Spec, dtype: torch.dtype, shape: tuple[int, int], adapters: int, device: torch.device):
-        self._spec, self._dtype, self._on_gpu = spec, dtype, device.type != "cpu"
+        self._spec, self._dtype, self._device, self._on_gpu = spec, dtype, device, device.type != "cpu"
         (self._num_tokens, self._features), self.adapters = shape, adapters
         self._processors, self._shared_memory = processors(device), shared_memory(device)
         features = self._features
@@ -192,13 +192,11 @@ class Plan:
         shapes = adapters * spec.shapes(features)
         self.sizes = [math.prod(shape) for shape in shapes]
         self.matrices = [(i, shape) for i, shape in enumerate(shapes) if len(shape) > 1]
-        # Which parameters stand one behind the other in flat ones, how long these are, and where in the gradient each
-        # of their numbers is.
+        # Which parameters stand one behind the other in flat ones, and how long these are.
         each = len(shapes) // adapters
         kinds = [[i for i in range(each) if (len(shapes[i]) > 1) == is_matrix] for is_matrix in (True, False)]
         self.flat_indices = [each * adapter + i for adapter in range(adapters) for kind in kinds for i in kind]
         self.flat_sizes = adapters * [sum(self.sizes[i] for i in kind) for kind in kinds]
-        self.order = flat_order(spec, features, device)
         self._pack: dict[tuple[int, ...], Launch] = {}
         self._plan_forward()
         # In fp32 the kernels' products are as exact, and no slower.
@@ -252,6 +250,11 @@ class Plan:
         grid = (blocks, self.residual_chunks)
         self.backward_residual = self._launch("backward_residual", grid, NEEDS_X=False)
         self.backward_residual_to_x = self._launch("backward_residual", grid, NEEDS_X=True)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """See `flat_order`."""
+        return flat_order(self._spec, self._features, self._device)
 
     def pack(self, sizes_up: tuple[int, ...]) -> Launch:
         """For up-projections of so many numbers each, for which Triton compiles."""

@@ -18,7 +18,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from tests.distributed.layouts import LAYOUTS, SEQUENCE_PARALLEL, TILED, one_process
-from tests.distributed.resident import FUSED
+from tests.distributed.resident import FLAT, FUSED
 from tests.distributed.resident import LAYOUTS as RESIDENT_LAYOUTS
 from tests.distributed.tiny import rows, write_large_model, write_model
 
@@ -119,7 +119,7 @@ def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     settings = {"DS_ACCELERATOR": "cuda", "FVAE_TEST_DTYPE": "bfloat16", "FVAE_TEST_ATTENTION": attention}
     resident = (f"resident_{layout}" for layout in RESIDENT_LAYOUTS)
     shared = (*SEQUENCE_PARALLEL, "sp_resident", *TILED)
-    return run_ranks(folder, (*LAYOUTS, *shared, *resident), settings=settings)
+    return run_ranks(folder, (*LAYOUTS, *shared, *resident, *FLAT), settings=settings)
 
 
 def run_ranks(

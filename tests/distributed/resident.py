@@ -26,6 +26,7 @@ FUSED = {
     "flat_z3_sft_off": {"gradient_split_every": 1},
     "flat_z2_sft_full": {},
 }
+FLAT = [name for name in FUSED if name.startswith("flat_")]
 GATHERS = {"all_gather": 0, "all_gather_into_tensor": 0, "allgather_fn": 0}  # position of what is filled
 
 
@@ -66,9 +67,14 @@ def one_step(run_class: Any, folder: Path, layout: str) -> dict[str, Any]:
     ).train()
 
 
+def layout_of(name: str) -> str:
+    """Of which layout a scenario is the step."""
+    return name.removeprefix("flat_").removeprefix("fused_").removeprefix("resident_")
+
+
 def fused_step(run_class: Any, folder: Path, name: str) -> dict[str, Any]:
     """A layout's step with the fused kernels, on a CPU in Triton's interpreter, or with flat adapters, or both."""
-    layout = name.removeprefix("flat_").removeprefix("fused_").removeprefix("resident_")
+    layout = layout_of(name)
     settings = layouts.settings(layout)
     before = settings.get("prepare_model", lambda model: None)
 

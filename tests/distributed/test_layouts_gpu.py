@@ -16,7 +16,7 @@ LOSS_RTOL = 1e-3
 FROM_FP32 = 1e-1  # of the norm of all adapter gradients together
 FROM_EACH_OTHER = {"left": 1e-1, "else": 2e-2}
 RESIDENT = [f"resident_{layout}" for layout in resident.LAYOUTS]
-LAYOUTS = [*layouts.LAYOUTS, *layouts.SEQUENCE_PARALLEL, "sp_resident", *layouts.TILED, *RESIDENT]
+LAYOUTS = [*layouts.LAYOUTS, *layouts.SEQUENCE_PARALLEL, "sp_resident", *layouts.TILED, *RESIDENT, *resident.FLAT]
 
 
 @pytest.fixture(scope="module")
@@ -49,5 +49,5 @@ def test_layouts_agree_with_each_other(two_gpus, layout):
     first = two_gpus.result("z3_sft_full")["gradients"]
     off = distance(two_gpus.result(layout)["gradients"], first)
     print(f"{layout}: {off:.1e}")
-    form = layouts.LAYOUTS.get(layout.removeprefix("resident_"), ("else",))[-1]
+    form = layouts.LAYOUTS.get(resident.layout_of(layout), ("else",))[-1]
     assert off < FROM_EACH_OTHER.get(form, FROM_EACH_OTHER["else"])

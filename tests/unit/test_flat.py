@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -16,8 +17,9 @@ from fvae_dist.adapter.flat import BIASES, WEIGHTS, flatten, join_flat, split_fl
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.adapter.vae import FactorizedVAE
 from fvae_dist.kernels.launching import flat_order
+from fvae_dist.training.checkpoint_state import load_optimizer_state, optimizer_state
 from fvae_dist.training.implementations import has_flat_adapters
-from tests.adapted import IDS, logits, trained
+from tests.adapted import IDS, add_trained, assert_same_weights, fvae_layers, logits, trained
 from tests.fused import make, make_block, run, run_block
 from tests.methods import one_process, prepare, train, write_base
 from tests.models import named_gradients, named_parts, randomise, tiny_adapter, tiny_model
@@ -115,6 +117,60 @@ def test_files_are_the_same_and_either_loads_them(tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(plain))
 
 
+def test_accelerate_saves_every_tensor(tmp_path):
+    """It looks for tensors that share a storage, and keeps one of them."""
+    model = trained("llama")
+    flatten(model)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    accelerator.load_state(str(tmp_path))
+    assert_same_weights(model.state_dict(), expected)
+    for value in model.state_dict().values():  # still the model's memory
+        value.zero_()
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_state_dict_with_the_names_of_the_parameters(tmp_path):
+    """DeepSpeed puts one together so, of what ZeRO-3 has partitioned."""
+    plain, flat = trained("llama"), trained("llama")
+    flatten(flat)
+    consolidated = {name: value.clone() for name, value in flat.state_dict().items() if ".fvae_vae." not in name}
+    consolidated |= {name: value.detach().clone() for name, value in flat.named_parameters() if ".fvae_vae." in name}
+    flat.save_pretrained(tmp_path, state_dict=consolidated)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(plain))
+    with torch.no_grad():
+        for name, parameter in flat.named_parameters():
+            if ".fvae_" in name:
+                parameter.zero_()
+    flat.load_state_dict(consolidated)
+    assert torch.equal(logits(flat), logits(plain))
+
+
+def test_moments_of_what_trains_beside_a_frozen_adapter():
+    model = add_trained(trained("llama"), "frozen")
+    model.set_adapter("default")
+    assert flatten(model) == 2 * len(fvae_layers(model))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with side_loss.collect(model.train()) as collected:
+        loss = model(IDS, labels=IDS).loss
+    (loss + collected.neg_elbo).backward()
+    optimizer.step()
+    moments, step = optimizer_state(model, optimizer, keep=True)
+    assert not any(".frozen." in name for name in moments)
+    expected = {parameter: state["exp_avg"].clone() for parameter, state in optimizer.state.items()}
+    fresh = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    load_optimizer_state(model, fresh, moments, step)
+    assert all(torch.equal(fresh.state[parameter]["exp_avg"], value) for parameter, value in expected.items())
+    name = next(name for name in moments if name.endswith("decoder.scale"))
+    with pytest.raises(ValueError, match=r"optimizer state: exp_avg of .* is missing"):
+        load_optimizer_state(model, fresh, {key: value for key, value in moments.items() if key != name}, step)
+
+
 def test_saved_for_inference_alone(tmp_path):
     plain, flat = trained("llama"), trained("llama")
     flatten(flat)
@@ -170,6 +226,34 @@ def test_an_adapter_of_which_a_part_is_frozen_stays_as_it_is():
     model.fvae_vae.decoder.scale.requires_grad_(False)
     names = [name for name, _ in model.named_parameters()]
     assert flatten(model) == 0 and [name for name, _ in model.named_parameters()] == names
+
+
+def test_layers_with_one_input_of_which_one_is_flat():
+    x = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1))
+    plain, mixed = (make_block(20, {"q_proj": 20, "v_proj": 8}, "fused") for _ in range(2))
+    assert flatten(fvae_layers(mixed)["base_model.model.q_proj"]) == 1
+    (expected, _), (found, _) = (run_block(model, x) for model in (plain, mixed))
+    for name, value in expected.items():  # apart, they add up the gradient to x in another order
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+
+
+def test_flattening_comes_before_the_optimizer():
+    model = Block(flat=False)
+    model.fvae_vae.decoder.scale.grad = torch.zeros_like(model.fvae_vae.decoder.scale)
+    with pytest.raises(RuntimeError, match="before an optimizer is made"):
+        flatten(model)
+    model.fvae_vae.decoder.scale.grad = None
+    model.fvae_vae.decoder.scale.ds_id = 1
+    with pytest.raises(RuntimeError, match="before ZeRO-3 partitions them"):
+        flatten(model)
+
+
+def test_flattened_in_inference_mode_it_trains():
+    model = Block(flat=False)
+    with torch.inference_mode():
+        assert flatten(model) == 1
+    model.fvae_vae(torch.randn(3, 6))[1].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.fvae_vae.parameters())
 
 
 def test_frozen_adapters_stay_frozen_and_flat_ones_flat():
@@ -265,6 +349,17 @@ def test_from_the_meta_device():
     assert torch.equal(model.eval().fvae_vae(x)[0], empty.eval().fvae_vae(x)[0])
 
 
+def test_values_that_the_meta_device_cannot_take():
+    model = block()
+    with torch.device("meta"):
+        empty = Block()
+    with pytest.warns(UserWarning, match="flat_weights is on the meta device: loading values is a no-op"):
+        empty.load_state_dict(model.state_dict())
+    some = {name: value for name, value in model.state_dict().items() if not name.endswith("scale")}
+    with pytest.raises(RuntimeError, match=r"fvae_vae\.flat_biases is on the meta device and needs all its parts"):
+        empty.load_state_dict(some, strict=False, assign=True)
+
+
 def test_copies_are_their_own():
     model = block()
     buffer = io.BytesIO()
@@ -293,7 +388,8 @@ def test_split_and_join_are_each_others_reverse():
     joined = join_flat(model, parts)
     assert joined.keys() == parameters.keys()
     assert all(torch.equal(value, parameters[name]) for name, value in joined.items())
-    for damaged in (parts | {"fvae_vae.decoder.scale": torch.zeros(5)}, {"other": parts["other"]}):
+    missing = {name: part for name, part in parts.items() if not name.endswith("scale")}
+    for damaged in (parts | {"fvae_vae.decoder.scale": torch.zeros(5)}, missing):
         with pytest.raises(ValueError, match=r"fvae_vae.* is missing or has another shape"):
             join_flat(model, damaged)
 
@@ -303,6 +399,7 @@ def test_a_shard_of_zero3_is_empty_and_cannot_be_used():
     for name in (WEIGHTS, BIASES):
         getattr(model.fvae_vae, name).data = torch.empty(0)
     assert all(value.numel() == 0 for name, value in model.state_dict().items() if name != "other")
+    assert model.fvae_vae.encoder1.mean.weight.numel() == 0
     with pytest.raises(RuntimeError, match="is partitioned by ZeRO-3 and has not been gathered"):
         model.fvae_vae(torch.randn(3, 6))
     with pytest.raises(RuntimeError, match="size mismatch"):
