@@ -212,6 +212,22 @@ def test_layers_with_one_input_match_float64(dtype, num_tokens, rows):
     assert error < (FP32_RTOL if dtype == torch.float32 else BF16_RTOL if num_tokens > 20 else 3 * BF16_RTOL), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [300, 8192])
+def test_flat_parameters_are_the_same_to_the_kernels(num_tokens, dtype):
+    plain, flat = (make(1000, r=16, encoder_hidden=16, decoder_layers=3).cuda() for _ in range(2))
+    flat.flatten()
+    x = torch.randn(num_tokens, 1000, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    expected, found = run(plain, x, "fused"), run(flat, x, "fused")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    state = flat.state_dict()
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    for value in state.values():
+        value.zero_()
+    assert not any(parameter.any() for parameter in flat.parameters())
+
+
 @pytest.mark.parametrize("rows", [0, 512])
 def test_fused_kernels_read_nothing_unwritten(rows):
     module = make(4096, r=16, encoder_hidden=16, decoder_layers=3).cuda()
