@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fvae_dist.adapter.flat import split_flat
+from fvae_dist.training.checkpoint_state import shape_of
 from fvae_dist.training.zero3 import no_leaf_reduction
 
 KINDS = ("encoder1", "encoder2", "decoder", "lora_B")
@@ -52,8 +53,11 @@ class GradientSplit:
         """gradient/PART/KIND -> norm of the step's gradient, averaged over ranks. All ranks must call this."""
         squares: dict[str, Any] = {}
         for part, sums in self._sums.items():
-            means = [reduce(gradient.to(device), "mean") for gradient in sums]
-            for name, mean in split_flat(self._model, dict(zip(self._names, means, strict=True))).items():
+            means = {}
+            for name, parameter, gradient in zip(self._names, self._parameters, sums, strict=True):
+                mean = reduce(gradient.to(device), "mean")
+                means[name] = mean.expand(shape_of(parameter)) if mean.dim() == 0 else mean  # no gradient: one 0
+            for name, mean in split_flat(self._model, means).items():
                 key = f"gradient/{part}/{kind_of(name)}"
                 squares[key] = squares.get(key, 0.0) + mean.double().square().sum()
         return {key: float(value) ** 0.5 for key, value in squares.items()}

@@ -18,6 +18,7 @@ from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.adapter.vae import FactorizedVAE
 from fvae_dist.kernels.launching import flat_order
 from fvae_dist.training.checkpoint_state import load_optimizer_state, optimizer_state
+from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.implementations import has_flat_adapters
 from tests.adapted import IDS, add_trained, assert_same_weights, fvae_layers, logits, trained
 from tests.fused import make, make_block, run, run_block
@@ -169,6 +170,22 @@ def test_moments_of_what_trains_beside_a_frozen_adapter():
     name = next(name for name in moments if name.endswith("decoder.scale"))
     with pytest.raises(ValueError, match=r"optimizer state: exp_avg of .* is missing"):
         load_optimizer_state(model, fresh, {key: value for key, value in moments.items() if key != name}, step)
+
+
+def test_norms_of_gradients_apart_where_a_layer_has_none():
+    norms = []
+    for is_flat in (False, True):
+        model, x = nn.ModuleList(block(flat=is_flat) for _ in range(2)), torch.randn(3, 6)
+        split = GradientSplit(model)
+        torch.manual_seed(3)
+
+        def losses(model=model, x=x) -> dict[str, torch.Tensor]:  # the second has no part in them
+            z1, neg_elbo = model[0].fvae_vae(torch.ones_like(x))
+            return {"task": z1.sum(), "side": neg_elbo.sum()}
+
+        split.add(losses, torch.device("cpu"))
+        norms.append(split.norms(lambda value, _: value, torch.device("cpu")))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6) and norms[0]["gradient/side/decoder"] > 0
 
 
 def test_saved_for_inference_alone(tmp_path):
