@@ -31,6 +31,7 @@ from fvae_dist.training.classification import (
     is_classification,
     load_classifier,
 )
+from fvae_dist.training.implementations import has_flat_adapters
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
 from fvae_dist.training.recipe_help import unknown_key
 from fvae_dist.training.rope_scaling import apply_rope_scaling, check_scaled, positions_of
@@ -198,7 +199,7 @@ def _check_types(config_cls: type, values: dict[str, Any], section: str = "adapt
             raise RecipeError(f"{section}.{key}: must be finite, got {value!r}")
 
 
-def plan_model(recipe: Recipe, config: PretrainedConfig, is_flat: bool = False) -> ModelPlan:
+def plan_model(recipe: Recipe, config: PretrainedConfig, use_cpu: bool = True) -> ModelPlan:
     """Build base and adapter on the meta device: checks the targets and counts, in seconds and without memory."""
     try:
         with torch.device("meta"):
@@ -229,7 +230,7 @@ def plan_model(recipe: Recipe, config: PretrainedConfig, is_flat: bool = False) 
         raise RecipeError(f"adapter: {error.pattern!r} is no regular expression: {error.msg}") from None
     except Exception as error:  # what PEFT does not check fails somewhere in it
         raise RecipeError(f"adapter: {type(error).__name__}: {_first_line(error)}") from error
-    if is_flat:
+    if has_flat_adapters(recipe, use_cpu):
         flatten(peft_model)
     # AdaLoRA's ranknum is frozen wherever it is not on the meta device.
     parameters = ((name, p) for name, p in peft_model.named_parameters() if ".ranknum." not in name)

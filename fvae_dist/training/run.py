@@ -16,7 +16,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 
-from fvae_dist.adapter.flat import flatten
 from fvae_dist.training.adalora import RankAllocation, adalora_of, with_total_step
 from fvae_dist.training.callbacks import (
     EstimateCheck,
@@ -44,7 +43,6 @@ from fvae_dist.training.full import is_full, with_master_weights
 from fvae_dist.training.implementations import (
     choose_attention,
     choose_liger,
-    has_flat_adapters,
     lone_documents_through_sdpa,
     rows_of,
 )
@@ -131,8 +129,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     tokenizer = load_tokenizer(recipe.model)
     check_lengths(recipe, config, tokenizer)
     check_shares(recipe, config, world_size, attention)
-    is_flat = has_flat_adapters(recipe, use_cpu)
-    plan = plan_model(recipe, config, is_flat)
+    plan = plan_model(recipe, config, use_cpu)
     fingerprint = base_fingerprint(recipe.model, config, training.seed)
     is_builder = _env_int("LOCAL_RANK", 0) == 0
     data = prepare_data(
@@ -140,7 +137,7 @@ def prepare(recipe: Recipe, resume: str | None = None, dry_run: bool = False, de
     )
     if data.classes is not None:  # how wide the head is, is known only now
         set_labels(config, data.classes)
-        plan = plan_model(recipe, config, is_flat)
+        plan = plan_model(recipe, config, use_cpu)
     recipe = with_total_step(recipe, optimizer_steps(training, len(data.train), world_size))
     fit = fit_recipe(recipe, config, deepspeed, world_size, attention, liger, device_memory_gib(use_cpu))
     if training.overwrite_output_dir and checkpoint is None and not dry_run and is_first:
@@ -273,8 +270,6 @@ def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
         model_config: Any = base.config
         model_config.get_text_config().pad_token_id = prepared.tokenizer.pad_token_id
     model = attach_method(base, prepared, args)
-    if has_flat_adapters(prepared.recipe, prepared.use_cpu) and (number := flatten(model)):
-        logger.info("adapters: %d VAEs in two parameters each", number)
     if prepared.fit.recompute == "selective":
         # Not through SFTConfig: under ZeRO-3 TRL asks for reentrant checkpointing, which we undo, and refuses this.
         enable_selective_activation_checkpointing(model)
