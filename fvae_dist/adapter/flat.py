@@ -73,8 +73,8 @@ class Part(NamedTuple):
         return math.prod(self.shape)
 
     def of(self, flat: Tensor) -> Tensor:
-        """A view of a tensor of the flat parameter's shape."""
-        return flat.narrow(0, self.start, self.size).view(self.shape)
+        """A view of a tensor of the flat parameter's shape; an empty one, of ZeRO-3's shards, as it is."""
+        return flat.narrow(0, self.start, self.size).view(self.shape) if flat.numel() else flat
 
 
 class FlatModule(Fp32Module):
@@ -130,8 +130,7 @@ class FlatModule(Fp32Module):
         if self._views is not None:
             return self._views[name]
         part = self.parts[name]
-        flat: Any = self._parameters[part.flat]
-        return part.of(flat) if flat.numel() else flat
+        return part.of(self._parameters[part.flat])  # type: ignore[arg-type]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -164,8 +163,7 @@ class FlatModule(Fp32Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         for part in self.parts.values():
-            flat: Any = self._parameters[part.flat]
-            value = part.of(flat) if flat.numel() else flat  # empty: a shard of ZeRO-3
+            value = part.of(self._parameters[part.flat])  # type: ignore[arg-type]
             destination[prefix + part.name] = value if keep_vars else _with_own_storage(value.detach())
 
     def _load_from_state_dict(
@@ -217,8 +215,7 @@ class FlatModule(Fp32Module):
         parts = [part for part in self.parts_of[kind] if part.name in found]
         if not flat.is_meta or not parts:
             for part in parts:
-                if flat.numel():
-                    part.of(flat).copy_(found[part.name])
+                part.of(flat).copy_(found[part.name])
             return ""
         if not assign:
             text = f"{kind} is on the meta device: loading values is a no-op (did you mean to pass `assign=True`?)"
@@ -259,15 +256,13 @@ def flatten(model: nn.Module) -> int:
 
 def split_flat(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names of the model's parameters (themselves, gradients, moments), with the parts in the place of
-    each flat one: views, by their names in state dicts. Empty ones, of ZeRO-3's shards, stay empty."""
+    each flat one: views, by their names in state dicts."""
     owners = _owners(model)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, _, own = name.rpartition(".")
         if path in owners and own in (WEIGHTS, BIASES):
-            parts = owners[path].parts_of[own]
-            views = ((part.name, part.of(tensor) if tensor.numel() else tensor) for part in parts)
-            found |= {_join(path, part): view for part, view in views}
+            found |= {_join(path, part.name): part.of(tensor) for part in owners[path].parts_of[own]}
         else:
             found[name] = tensor
     return found

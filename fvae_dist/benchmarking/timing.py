@@ -65,8 +65,8 @@ def measure_in_turn(
 
 
 def device_milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float | None:
-    """Of all kernels and copies of one call together, by torch's profiler; None on a CPU. Where the host is what a call
-    waits for, as a layer by itself does, this is what it costs a GPU inside a model."""
+    """Of all kernels and copies of one call together, by torch's profiler; None on a CPU, and where the profiler sees
+    nothing. Where the host is what a call waits for, this is what it costs a GPU inside a model."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -79,7 +79,7 @@ def device_milliseconds(call: Callable[[], object], device: torch.device, repeat
             call()
         synchronise(device)
     of_device = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in of_device) / 1e3 / repeats
+    return sum(event.self_device_time_total for event in of_device) / 1e3 / repeats if of_device else None
 
 
 def _attempt(call: Callable[[], object], device: torch.device, repeats: int, result: Measured, counts: bool) -> str:

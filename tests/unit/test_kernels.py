@@ -18,7 +18,7 @@ from fvae_dist.adapter.objective import TokenTerms, coefficients, neg_elbo
 from fvae_dist.adapter.telemetry import TokenStatistics, sums_over_tokens
 from tests.adapted import IDS
 from tests.fused import BF16_RTOL, FP32_RTOL, SALT, by_products, make, run, worst
-from tests.models import randomise, tiny_adapter, tiny_model
+from tests.models import named_gradients, randomise, tiny_adapter, tiny_model
 
 pytest.importorskip("triton", minversion="3.7", reason="Triton 3.7 or newer is not installed: pip install triton")
 from peft import get_peft_model
@@ -172,7 +172,7 @@ def model_step(kernel: str, checkpointing: bool = False, keyed: bool = True) -> 
     with side_loss.collect(model, noise=noise) as collected:
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
     (loss + collected.neg_elbo).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = named_gradients(model)
     return {"loss": loss.detach(), "neg_elbo": collected.neg_elbo.detach(), **gradients, **collected.terms}
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fvae_dist import side_loss
 from fvae_dist.adapter import FVAELinear, noise
 from fvae_dist.adapter.noise import GeneratorNoise, LayerNoise, TokenNoise, token_keys
-from tests.models import LayerModel, randomise, tiny_adapter, tiny_model, token_ids
+from tests.models import LayerModel, named_gradients, randomise, tiny_adapter, tiny_model, token_ids
 
 R = 4
 DROPOUTS = [(7, 0.1), (5, 0.0), (6, 0.3)]
@@ -394,7 +394,7 @@ def llama(checkpointed, dropout):
 
 
 def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = named_gradients(model)
     assert found
     model.zero_grad()
     return found

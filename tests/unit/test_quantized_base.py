@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fvae_dist import side_loss
 from fvae_dist.adapter.layer import linear_features
 from tests.adapted import IDS, fvae_layers, trainable_names
-from tests.models import randomise, tiny_adapter, tiny_model
+from tests.models import named_gradients, randomise, tiny_adapter, tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
 
@@ -70,7 +70,7 @@ def step(model) -> dict[str, torch.Tensor]:
         loss = model(input_ids=ids, labels=ids).loss
     (1000 * loss + collected.neg_elbo).backward()
     assert len(collected.layer_names) == len(fvae_layers(model))
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return named_gradients(model)
 
 
 def logits(model) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from fvae_dist import side_loss
 from fvae_dist.adapter import FVAELinear, layer_forward, vae
 from fvae_dist.adapter.noise import TokenNoise
-from tests.models import ARCHITECTURES, LayerModel, randomise, tiny_adapter, tiny_model, token_ids
+from tests.models import ARCHITECTURES, LayerModel, named_gradients, randomise, tiny_adapter, tiny_model, token_ids
 
 NO_DROPOUT = {"encoder_dropout": 0.0, "decoder_dropout": 0.0}
 NO_BASE_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
@@ -49,7 +49,7 @@ def without_noise(monkeypatch):
 
 
 def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = named_gradients(model)
     assert found
     model.zero_grad()
     return found

@@ -9,6 +9,7 @@ from fvae_dist.adapter import side_loss, together
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.kernels import launching, passes
 from tests.fused import BF16_RTOL, by_products, make_block, run_block, worst
+from tests.models import named_gradients
 
 pytestmark = pytest.mark.skipif(
     not launching.kernels().INTERPRETED, reason="Triton's interpreter is off: it is for machines without a GPU"
@@ -147,7 +148,7 @@ def test_losses_need_not_stand_in_one_block(monkeypatch):
             model(x)
         losses = [report.neg_elbo for report in collected._reports]
         (collected.neg_elbo_sum if is_collected else sum(loss.sum() for loss in losses) / 3).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(named_gradients(model))
     assert found == [True, False]
     assert gradients[0] and gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
