@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import threading
 
 import datasets
@@ -34,6 +35,15 @@ CHAT = [
     {"role": "user", "content": "go"},
     {"role": "assistant", "content": "on"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _deadly_signal():
+    """A pool ends its processes by SIGTERM, which they would survive where an earlier test has trained in this one: the
+    run's handler, which waits for the end of a step, is then still there."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @pytest.fixture
