@@ -86,8 +86,8 @@ def _train(args: argparse.Namespace) -> int:
     # Imported only now: a mistake in the recipe is reported in a second.
     from fvae_dist.training import run
     from fvae_dist.training.control import EXIT_RESUME, StopSignal
+    from fvae_dist.training.no_waiting import NonFiniteLossError
     from fvae_dist.training.process_group import ended_with
-    from fvae_dist.training.trainer import NonFiniteLossError
 
     devices = args.devices or int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal().listen()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from fvae_dist.kernels.head import LOGITS_BYTES
 from fvae_dist.planning.choice import Choice
 from fvae_dist.planning.hardware import GIB, constant
 from fvae_dist.planning.subject import LayerTraces, Subject
@@ -231,18 +232,20 @@ def _in_loss(subject: Subject, choice: Choice, world_size: int) -> dict[str, flo
     traces = subject.traces(choice.gathers)
     hidden = settings.num_tokens * subject.hidden
     tokens = min(settings.num_tokens, _LOSS_TOKENS)
-    if settings.on_cpu:  # no Triton kernels: as much of the tile as is written to, and five fp32 copies of it
+    if settings.fused_head:
+        tile = min(settings.num_tokens * subject.vocabulary * width, LOGITS_BYTES)
+    elif settings.on_cpu:  # no Triton kernels: as much of the tile as is written to, and five fp32 copies of it
         tile = tokens * min(subject.vocabulary, _LOSS_WORDS) * (width + 20)
     else:
         tile = tokens * _LOSS_WORDS * width
-    # The final hidden state, its labelled tokens, their gradient in fp32 and in the base's dtype.
-    loss = hidden * (3 * width + 4) + tile
+    # The final hidden state, its labelled tokens, their gradient: kept and passed on, or in fp32 and the base's dtype.
+    loss = hidden * (4 * width if settings.fused_head else 3 * width + 4) + tile
     bare, adapted, whole = (
         _saved_by_others(subject, choice, traces, which, subject.num_layers) for which in ("bare", "adapted", "whole")
     )
     gathered = _gathered_bytes(subject, choice, world_size)
     if gathered:
-        gathered += (subject.head_size or subject.embedding_size) * width  # TRL gathers the head beside the rest
+        gathered += (subject.head_size or subject.embedding_size) * width  # the head is gathered beside the rest
     return {
         "gathered_weights": gathered,
         "layer_activations": bare + traces.bare.norm_bytes / 2,  # the final norm's input in fp32

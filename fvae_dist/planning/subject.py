@@ -27,6 +27,7 @@ class Settings:
         sequence_parallel: GPUs that share each sequence; in attention each has some heads of the whole.
         attention: flash_attention_2, sdpa or eager.
         liger: whether Liger's layers are used.
+        fused_head: whether logits are made once (`fvae_dist.kernels.head`), not by TRL's head.
         on_cpu: whether the run has no GPU, whose kernels keep less.
         fused_adapters: whether the fused kernels compute the adapters' VAEs that they can.
         activation_offload: whether what the backward pass needs is in host memory meanwhile.
@@ -38,6 +39,7 @@ class Settings:
     length: int
     attention: str = "flash_attention_2"
     liger: bool = False
+    fused_head: bool = False
     on_cpu: bool = False
     fused_adapters: bool = False
     sequence_parallel: int = 1

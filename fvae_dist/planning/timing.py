@@ -119,10 +119,14 @@ def _kernels(work: Work, gpu: Gpu) -> tuple[float, float]:
 
 
 def _head(subject: Subject, gpu: Gpu, num_tokens: int) -> tuple[float, float]:
-    """Seconds of the language-model head and loss: TRL makes the logits twice and their gradient once, in tiles."""
+    """Seconds of the language-model head and loss: the logits once, or by TRL's head twice, and their gradient."""
+    products, passes = (4, 3) if subject.settings.fused_head else (6, 6)
     rate = gpu.matmul_flops if subject.settings.bytes_per_weight <= 2 else gpu.fp32_flops
     logits = num_tokens * subject.vocabulary
-    return 6 * logits * subject.hidden / rate, 6 * logits * subject.settings.bytes_per_weight / gpu.copy_bytes
+    return (
+        products * logits * subject.hidden / rate,
+        passes * logits * subject.settings.bytes_per_weight / gpu.copy_bytes,
+    )
 
 
 def _host_of_step(choice: Choice) -> float:

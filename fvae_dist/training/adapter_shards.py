@@ -10,6 +10,7 @@ Read in deepspeed 0.19.8, runtime/zero/stage3.py; the two fused copies are those
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,28 +64,30 @@ class AdapterShards:
         for handle in zero._grad_acc_hooks:
             handle.remove()
         zero._grad_acc_hooks.clear()
-        epilogue, grad_norm, unflatten = (
-            zero.independent_gradient_partition_epilogue,
-            zero.get_grad_norm_direct,
-            zero._unflatten_partitioned_parameters,
-        )
+        unflatten = zero._unflatten_partitioned_parameters
+        buffers = zero.grad_partitions_flat_buffer.split(self._group_sizes)
+        sizes = [[parameter.partition_numel() for parameter in group] for group in zero.fp16_groups]
 
-        def reduce_then_epilogue() -> None:
+        def reduce_all() -> None:
+            """DeepSpeed's, without waiting for a stream on which nothing happens any more."""
             self.reduce()
-            epilogue()
+            zero.averaged_gradients = {i: list(buffer.split(sizes[i])) for i, buffer in enumerate(buffers)}
+            zero._epilogue_ran_this_backward = True
 
         def norm_of_all(gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
-            """DeepSpeed's, not of every parameter but of pieces of its group, in which they lie one after the other."""
+            """DeepSpeed's, not of every parameter but of pieces of its group, in which they lie one after the other;
+            not finite where a gradient is not."""
             buffer = zero.grad_partitions_flat_buffer
             first = gradients[0].storage_offset() - buffer.storage_offset()
             whole = buffer.narrow(0, first, sum(gradient.numel() for gradient in gradients))
-            parts = list(whole.split(_NORM_ELEMENTS))
-            return grad_norm(parts, params[:1] * len(parts), norm_type)
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in whole.split(_NORM_ELEMENTS)]
+            squares = torch.stack(norms).square().sum()
+            dist.all_reduce(squares, group=self._group)
+            return squares.sqrt()
 
         def take_gradient(group: int) -> None:
             """The optimizer's gradient is the buffer, not a copy of it."""
-            of_groups = zero.grad_partitions_flat_buffer.split(self._group_sizes)
-            zero.fp32_partitioned_groups_flat[group].grad = of_groups[group]
+            zero.fp32_partitioned_groups_flat[group].grad = buffers[group]
             zero.averaged_gradients[group] = None
 
         def unflatten_if_moved(group: int) -> None:
@@ -94,10 +97,35 @@ class AdapterShards:
             if (shards[0].data_ptr(), shards[-1].data_ptr()) != (flat.data_ptr(), last):
                 unflatten(group)
 
-        zero.independent_gradient_partition_epilogue = reduce_then_epilogue
+        zero.independent_gradient_partition_epilogue = reduce_all
         zero.get_grad_norm_direct = norm_of_all
         zero._prepare_fp32_grad_for_sub_group = take_gradient
         zero._unflatten_partitioned_parameters = unflatten_if_moved
+        if _can_pass_over(zero):
+            zero.step = self._without_asking(zero.step)
+
+    def _without_asking(self, step: Callable[..., None]) -> Callable[..., None]:
+        """DeepSpeed's step waits to hear whether the gradients' norm is a number, and passes over the step if it is
+        not. Torch's fused optimizers can pass over a step by themselves."""
+        from deepspeed.runtime.zero import stage3
+
+        zero = self._zero
+        zero.passed_over = torch.zeros((), device=zero.grad_partitions_flat_buffer.device)  # steps, for the logs
+
+        def tell_optimizer(norm: Tensor) -> bool:
+            is_bad = (~norm.isfinite()).float()
+            zero.optimizer.found_inf = is_bad
+            zero.passed_over += is_bad
+            return False
+
+        def called(*args: Any, **kwargs: Any) -> None:
+            asked, stage3.is_invalid_grad_norm = stage3.is_invalid_grad_norm, tell_optimizer
+            try:
+                step(*args, **kwargs)
+            finally:
+                stage3.is_invalid_grad_norm = asked
+
+        return called
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -153,3 +181,9 @@ class AdapterShards:
         for parameter in self.parameters:
             parameter.data = nothing
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _can_pass_over(zero: Any) -> bool:
+    """Whether the optimizer takes `found_inf`, as for a GradScaler, and no loss scale depends on it."""
+    is_adam = isinstance(zero.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    return is_adam and not zero.dynamic_loss_scale and all(group.get("fused") for group in zero.optimizer.param_groups)

@@ -66,8 +66,8 @@ class PerformanceLogs(TrainerCallback):
             return
         engine = getattr(self.trainer, "deepspeed", None)
         if engine is not None:
-            # DeepSpeed passes over a step whose gradients are not finite, without a word.
-            logs["optim/skipped_steps"] = engine.skipped_steps
+            # DeepSpeed passes over a step whose gradients are not finite, without a word; see adapter_shards.py too.
+            logs["optim/skipped_steps"] = engine.skipped_steps + int(getattr(engine.optimizer, "passed_over", 0))
         device = self.trainer.args.device
         local = torch.tensor([[peak_memory_gib(device), host_peak_gib()]], device=device)
         largest = self.trainer.accelerator.gather(local).amax(dim=0)

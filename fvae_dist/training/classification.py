@@ -39,7 +39,7 @@ def check_classification(recipe: Recipe) -> None:
             training.side_loss_tokens == "labelled",
             "no token of a text has a label, the text has",
         ),
-        "training.head: liger": (training.head == "liger", "is a language-model head"),
+        "training.head: fused": (training.head == "fused", "is a language-model head"),
         "training.use_liger_kernel: true": (training.use_liger_kernel is True, "is not used in classifiers"),
         "training.sequence_parallel": (training.sequence_parallel > 1, "the head needs the row's last token whole"),
         "training.tiled_mlp: true": (training.tiled_mlp, "is for long rows of language models"),

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from transformers import TrainerCallback
 
 from fvae_dist.training.recipe import RecipeError
@@ -56,7 +55,12 @@ class StopSignal:
 
 
 class StopOnSignal(TrainerCallback):
-    """When a rank was signalled, all of them save and stop after the same step."""
+    """When a rank was signalled, all of them save and stop after the same step: the one that runs, or, once its last
+    forward pass is over, the next.
+
+    Args:
+        trainer: with FVAETrainerMixin, which tells all ranks what one wants.
+    """
 
     def __init__(self, trainer: Any, stop: StopSignal):
         self.trainer = trainer
@@ -65,10 +69,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stop.is_training = True
+        self.trainer.wants_to_stop = lambda: self.stop.received is not None
 
     def on_step_end(self, args, state, control, **kwargs):
-        mine = torch.tensor([float(self.stop.received is not None)], device=args.device)
-        if float(self.trainer.accelerator.reduce(mine, "sum")) and state.global_step < state.max_steps:
+        if self.trainer.is_told_to_stop and state.global_step < state.max_steps:
             name = self.stop.received.name if self.stop.received else "a signal to another rank"
             logger.warning("%s: saving and stopping after step %d", name, state.global_step)
             self.stopped_at = state.global_step

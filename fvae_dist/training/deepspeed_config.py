@@ -45,6 +45,8 @@ def load_deepspeed_config(recipe: Recipe, world_size: int, ranks_per_node: int |
     if zero.get("zero_hpz_partition_size") == "auto":
         launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
         zero["zero_hpz_partition_size"] = ranks_per_node or int(launched)
+    # DeepSpeed's clock waits for the device twice a step; TensorBoard has the throughput.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     partition = zero.get("zero_hpz_partition_size", 1)
     if not _is_int(partition) or partition < 1 or world_size % partition:
         raise RecipeError(

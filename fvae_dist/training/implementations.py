@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+from transformers.utils.import_utils import is_triton_available
 
+from fvae_dist.training.head import head_problem
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 
-_LIGER_HEAD = "0.8.5"  # the oldest that was tried with it
 FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 # Several documents in one row; rows of unlike length side by side; one row, as long as it is.
 Rows = Literal["packed", "padded", "single"]
@@ -125,18 +124,38 @@ def _sdpa_takes_cudnn(section: ModelSection, use_cpu: bool) -> bool:
     return enabled and torch.cuda.get_device_capability() in _CUDNN_CAPABILITIES
 
 
+def choose_head(recipe: Recipe, model: Any, use_cpu: bool) -> bool:
+    """Whether the fused head (`fvae_dist.kernels.head`) takes the place of TRL's; the reason is logged.
+
+    Raises:
+        RecipeError: it was asked for and cannot be used with this model, or here.
+    """
+    asked = recipe.training.head
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    problem = _head_obstacle(use_cpu) or head_problem(base)
+    if asked == "fused" and problem:
+        raise RecipeError(f"training.head: fused: {problem}")
+    reason = f"auto: {problem or 'the head is frozen, and a plain matrix'}" if asked == "auto" else "asked for"
+    is_fused = problem is None and asked != "trl"
+    logger.info("head: %s (%s)", "fused" if is_fused else "TRL's", reason)
+    return is_fused
+
+
+def _head_obstacle(use_cpu: bool) -> str | None:
+    return "it needs a GPU" if use_cpu else None if is_triton_available() else "it needs Triton"
+
+
 def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tuple[bool, str]:
     """Whether Liger's layers (norm, gated unit, rotary embedding) are used, and the reason.
 
-    The head stays TRL's, which makes no whole logits either: TRL switches Liger's fused linear cross-entropy off,
-    because it would replace the forward that holds its own.
+    The head is not Liger's: see `choose_head`.
 
     Raises:
-        RecipeError: it was asked for and cannot be used here.
+        RecipeError: it was asked for and cannot be used here; or a fused head was.
     """
     asked = recipe.training.use_liger_kernel
-    if recipe.training.head == "liger" and (use_cpu or not _has_liger_head()):
-        raise RecipeError(f"training.head: liger: it needs a GPU and `pip install 'liger-kernel>={_LIGER_HEAD}'`")
+    if recipe.training.head == "fused" and (problem := _head_obstacle(use_cpu)):
+        raise RecipeError(f"training.head: fused: {problem}")
     if asked is False:
         return False, "asked for"
     obstacle = "Liger's kernels need a GPU" if use_cpu else _liger_obstacle(config)
@@ -147,11 +166,6 @@ def choose_liger(recipe: Recipe, config: PretrainedConfig, use_cpu: bool) -> tup
             raise RecipeError(f"training.use_liger_kernel: {obstacle}")
         return True, "asked for"
     return obstacle is None, f"auto: {obstacle or 'installed, and it knows ' + config.model_type}"
-
-
-def _has_liger_head() -> bool:
-    """Whether Liger's head can be told how many logits to make at a time."""
-    return is_liger_kernel_available() and Version(version("liger-kernel")) >= Version(_LIGER_HEAD)
 
 
 def planned_liger(recipe: Recipe, config: PretrainedConfig) -> bool:

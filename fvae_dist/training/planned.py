@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fvae_dist.planning.subject import Settings, Subject, describe
 from fvae_dist.training.classification import is_classification
 from fvae_dist.training.deepspeed_config import load_deepspeed_config, size_for_adapter
 from fvae_dist.training.full import is_full
+from fvae_dist.training.head import head_problem
 from fvae_dist.training.implementations import has_flat_adapters, planned_attention, planned_liger
 from fvae_dist.training.modeling import attach_adapter
 from fvae_dist.training.recipe import Recipe
@@ -55,13 +57,19 @@ def subject_of(
         trust_remote_code=section.trust_remote_code,
     )
 
+    head_problems: list[str | None] = []
+
     def attach(model: nn.Module) -> nn.Module:
         adapted = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
+        head_problems.append(head_problem(adapted.get_base_model()))
         if has_flat_adapters(recipe, settings.on_cpu):
             flatten(adapted)
         return adapted
 
-    return describe(config, settings, attach, partial(tile_mlps, zero3=False) if training.tiled_mlp else None)
+    subject = describe(config, settings, attach, partial(tile_mlps, zero3=False) if training.tiled_mlp else None)
+    if not settings.on_cpu and training.head != "trl" and head_problems == [None]:
+        subject.settings = replace(settings, fused_head=True)
+    return subject
 
 
 def part_length(recipe: Recipe, length: int) -> int:

@@ -206,10 +206,10 @@ class TrainingSection(Section):
     use_liger_kernel: Literal["auto"] | bool = Field(
         "auto", description="Liger's fused layers. auto: on a GPU, where it is installed and knows the architecture."
     )
-    head: Literal["trl", "liger"] = Field(
-        "trl",
-        description="Which fused head and loss. trl: makes the logits twice, logs entropy. liger: once, on a GPU, "
-        "for a frozen head; logs mean_token_accuracy alone.",
+    head: Literal["auto", "trl", "fused"] = Field(
+        "auto",
+        description="How the language-model head and its loss are computed. fused: logits once and of labelled tokens "
+        "alone, on a GPU, for a frozen plain head. trl: twice, and it waits for the GPU. auto: fused where it can be.",
     )
     flat_adapters: Literal["auto"] | bool = Field(
         "auto",

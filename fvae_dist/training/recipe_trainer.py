@@ -13,8 +13,9 @@ from trl import SFTTrainer
 
 from fvae_dist.training.classification import TextCollator, row_loss
 from fvae_dist.training.full import save_full
+from fvae_dist.training.head import HeadMixin
 from fvae_dist.training.labels import read_labels, write_labels
-from fvae_dist.training.liger_head import LigerHeadMixin
+from fvae_dist.training.maskless import MasklessMixin
 from fvae_dist.training.recipe import RecipeError, RopeScalingSection
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.rope_scaling import write_scaling
@@ -69,7 +70,7 @@ class RecipeTrainerMixin(ResumableTrainerMixin):
             write_labels(folder, self.classes)
 
 
-class RecipeTrainer(RecipeTrainerMixin, FVAETrainerMixin, LigerHeadMixin, SFTTrainer):
+class RecipeTrainer(RecipeTrainerMixin, FVAETrainerMixin, MasklessMixin, HeadMixin, SFTTrainer):
     """TRL's SFTTrainer with the side loss and our checkpoints."""
 
 

@@ -42,6 +42,7 @@ from fvae_dist.training.fitting import (
 from fvae_dist.training.full import is_full, with_master_weights
 from fvae_dist.training.implementations import (
     choose_attention,
+    choose_head,
     choose_liger,
     lone_documents_through_sdpa,
     rows_of,
@@ -181,11 +182,9 @@ def train(prepared: Prepared, stop: StopSignal | None = None) -> dict[str, Any] 
     trainer.add_callback(stopper)
     for callback in prepared.make_callbacks(trainer):
         trainer.add_callback(callback)
-
-    rows = rows_of(recipe)
     with (
         name_the_key_when_out_of_memory(prepared.fit),
-        lone_documents_through_sdpa(prepared.attention, recipe.model, prepared.use_cpu, rows),
+        lone_documents_through_sdpa(prepared.attention, recipe.model, prepared.use_cpu, rows_of(recipe)),
     ):
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     if stopper.stopped_at is not None:
@@ -228,6 +227,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         activation_offloading=recipe.training.activation_offload and not prepared.use_cpu,
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
+        accelerator_config={"non_blocking": True},
         data_seed=training.seed,
         # At stage 3 this must agree with the DeepSpeed config; elsewhere adapters cast for themselves, a base does not.
         bf16=(stage == 3 or is_full(recipe.adapter)) and recipe.model.dtype == "bfloat16",
@@ -285,10 +285,10 @@ def build_model(prepared: Prepared, args: SFTConfig) -> nn.Module:
 def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> RecipeTrainer:
     """The trainer with its callbacks; transformers' own progress printing is replaced."""
     recipe, plan = prepared.recipe, prepared.plan
-    make: Any = RecipeTrainer
-    of_task: dict[str, Any] = {"liger_head": recipe.training.head == "liger"}
-    if prepared.data.classes is not None:
-        make, of_task = ClassificationTrainer, {"classes": prepared.data.classes}
+    make: Any = ClassificationTrainer
+    of_task: dict[str, Any] = {"classes": prepared.data.classes}
+    if prepared.data.classes is None:
+        make, of_task = RecipeTrainer, {"fused_head": choose_head(recipe, model, prepared.use_cpu)}
     trainer = make(
         model=model,
         args=args,

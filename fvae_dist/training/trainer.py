@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from transformers.trainer_utils import has_length
@@ -29,7 +28,6 @@ from fvae_dist.training.batches import (
     SideLossTokens,
     WithLengths,
     drop_fillers,
-    find_records,
     token_mask_of,
     unlabel_after_padding,
 )
@@ -37,6 +35,7 @@ from fvae_dist.training.checks import keep_ddp_from_guessing
 from fvae_dist.training.gradient_checkpointing import keep_selective, refuse_reentrant, use_non_reentrant
 from fvae_dist.training.gradient_split import GradientSplit
 from fvae_dist.training.log_window import LOGGED_TERMS, LatentWarnings, LogWindow
+from fvae_dist.training.no_waiting import NoWaitingMixin
 from fvae_dist.training.resident import make_resident
 from fvae_dist.training.saving import save_adapter
 from fvae_dist.training.sequence_parallel import SequenceParallelMixin
@@ -45,11 +44,7 @@ from fvae_dist.training.walks import WalkOnceMixin
 from fvae_dist.training.zero3 import drop_stale_forward_stack, treat_vaes_as_leaves
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of a micro-step is NaN or infinite; raised on every rank before any gradient of it exists."""
-
-
-class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
+class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin, NoWaitingMixin):
     """Mix in before the trainer class. Adds the side loss, the checks around it, fp32 adapter saving, and its logs.
 
     Logged beside the trainer's own keys, every `logging_steps`: loss/total, loss/task, loss/neg_elbo,
@@ -94,8 +89,6 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         self.resident_weights = resident_weights and self._zero3()
         if self._zero3() and not self.resident_weights:  # without hooks on modules there is nothing to save on them
             treat_vaes_as_leaves(self.model)
-        # Skipping non-finite losses in the logs would hide what _stop_if_not_finite stops at.
-        self.args.logging_nan_inf_filter = False
         self.side_loss_tokens: SideLossTokens = side_loss_tokens
         self.telemetry = telemetry
         self.gradient_split_every = gradient_split_every
@@ -203,7 +196,7 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         if (adalora := adalora_of(self.model)) is not None:
             # Once a step, however many micro-batches it has: the trainer has added up or averages their losses.
             total = total + orthogonality_loss(adalora) / (self.current_gradient_accumulation_steps * share)
-        self._stop_if_not_finite(total, inputs)
+        self._check(total, inputs)
         self._window.add_loss("loss/task", task * share)
         self._window.add_loss("loss/total", total * share)
         return (total, outputs) if return_outputs else total
@@ -258,23 +251,6 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin):
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or bool(self.compute_loss_func)
         return 1.0 if scaled else 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
-
-    # ------------------------------------------------------------------------------------------------- the checks
-
-    def _stop_if_not_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        flags = self.accelerator.gather((~torch.isfinite(loss.detach())).int().reshape(1))
-        if not bool(flags.any()):
-            return
-        ranks = flags.nonzero().flatten().tolist()
-        whole = self.whole_rows(inputs["input_ids"])
-        found = find_records(self.train_dataset, whole) if self.args.process_index in ranks else []
-        # All ranks learn the records: the first to exit makes the launcher kill the others, message and all.
-        records = dict(gather_object([(self.args.process_index, found)]))
-        where = "; ".join(f"rank {rank} was at training records {records[rank]}" for rank in ranks)
-        raise NonFiniteLossError(
-            f"non-finite loss in step {self.state.global_step + 1} on rank(s) {', '.join(map(str, ranks))}; {where}; "
-            "weights and checkpoints of the steps before are untouched"
-        )
 
     # ------------------------------------------------------------------------------------------------- saving
 

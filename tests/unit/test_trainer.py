@@ -16,7 +16,7 @@ from fvae_dist.adapter import vae
 from fvae_dist.adapter.noise import TokenNoise
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError, check_trainable_parameters
-from fvae_dist.training.trainer import NonFiniteLossError
+from fvae_dist.training.no_waiting import NonFiniteLossError
 from tests.distributed.layouts import reference_step, task_loss
 from tests.distributed.tiny import attach, llama_config, pad_rows, rows
 
