@@ -47,7 +47,7 @@ class SaysWherePadded:
 def is_causal(model: nn.Module) -> bool:
     """Whether all of its attention layers are known to be causal without a mask."""
     kinds = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
-    return kinds == {True} and getattr(model.config, "_attn_implementation", None) in _KNOWN
+    return kinds == {True} and getattr(getattr(model, "config", None), "_attn_implementation", None) in _KNOWN
 
 
 class MasklessMixin(_TrainerBase):

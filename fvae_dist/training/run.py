@@ -227,7 +227,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         activation_offloading=recipe.training.activation_offload and not prepared.use_cpu,
         deepspeed=prepared.deepspeed,
         use_cpu=prepared.use_cpu,
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": not prepared.use_cpu},
         data_seed=training.seed,
         # At stage 3 this must agree with the DeepSpeed config; elsewhere adapters cast for themselves, a base does not.
         bf16=(stage == 3 or is_full(recipe.adapter)) and recipe.model.dtype == "bfloat16",

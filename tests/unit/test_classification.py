@@ -234,7 +234,7 @@ def test_plain_lora_is_a_classifier_too(folder, tmp_path):
         ({"data": {"packing": True}}, "data.packing: true: goes not with model.task classification"),
         ({"data": {"overlong": "split"}}, "data.overlong: split: goes not with"),
         ({"training": {"side_loss_tokens": "labelled"}}, "training.side_loss_tokens: labelled: goes not with"),
-        ({"training": {"head": "liger"}}, "training.head: liger: goes not with"),
+        ({"training": {"head": "fused"}}, "training.head: fused: goes not with"),
         ({"training": {"use_liger_kernel": True}}, "training.use_liger_kernel: true: goes not with"),
         ({"training": {"tiled_mlp": True}}, "training.tiled_mlp: true: goes not with"),
         ({"training": {"activation_offload": True}}, "training.activation_offload: true: goes not with"),

@@ -1,74 +1,21 @@
 """The fused head gives the losses, metrics and gradients of TRL's (its kernel in Triton's interpreter, on a GPU as it
-is); labels are counted where the batch arrives; rows padded on the right need no mask."""
+is); labels are counted where the batch arrives."""
 
 import inspect
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
-from trl import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fvae_dist.kernels import head as kernel
 from fvae_dist.kernels.head import IGNORED_LABEL, head_loss
 from fvae_dist.training.head import NUM_LABELS, HeadMixin, head_problem
-from fvae_dist.training.recipe_trainer import RecipeTrainer
-from tests.distributed.layouts import SEED
-from tests.distributed.tiny import attach, llama_config, rows
+from tests.distributed.tiny import llama_config
+from tests.trainers import logged, train
 
 pytest.importorskip("triton")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2}
-
-
-def train(folder, tokenizer, device="cpu", dtype=torch.float32, config=None, **arguments):
-    torch.manual_seed(0)
-    model = attach(LlamaForCausalLM(llama_config()).to(dtype))
-    values = {
-        "output_dir": str(folder),
-        "use_cpu": device == "cpu",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "seed": SEED,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "remove_unused_columns": False,
-    }
-    trainer = RecipeTrainer(
-        model=model,
-        args=SFTConfig(**(values | (config or {}))),
-        train_dataset=Dataset.from_list(rows(12)),
-        eval_dataset=Dataset.from_list(rows(4, seed=3)),
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
-        processing_class=tokenizer,
-        **arguments,
-    )
-    trainer.train()
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    from tests.distributed.tiny import write_tokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def logged(trainer, key):
-    return [row[key] for row in trainer.state.log_history if key in row]
 
 
 # ---------------------------------------------------------------------------------------------------------- the kernel
@@ -160,9 +107,9 @@ def test_a_trained_weight_is_refused():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def compare(folder, tokenizer, rel, **settings):
-    of_trl = train(folder / "trl", tokenizer, **settings)
-    of_fused = train(folder / "fused", tokenizer, fused_head=True, **settings)
+def compare(folder, rel, **settings):
+    of_trl = train(folder / "trl", **settings)
+    of_fused = train(folder / "fused", fused_head=True, **settings)
     for key in ("loss", "loss/task", "loss/neg_elbo", "grad_norm", "entropy"):
         assert len(logged(of_trl, key)) >= 3
         assert logged(of_fused, key) == pytest.approx(logged(of_trl, key), rel=rel), key
@@ -170,34 +117,34 @@ def compare(folder, tokenizer, rel, **settings):
     return of_trl, of_fused
 
 
-def test_trains_as_with_trls_head(tmp_path, tokenizer):
-    of_trl, of_fused = compare(tmp_path, tokenizer, rel=1e-5)
+def test_trains_as_with_trls_head(tmp_path):
+    of_trl, of_fused = compare(tmp_path, rel=1e-5)
     for (name, expected), found in zip(of_trl.model.named_parameters(), of_fused.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert logged(of_fused, "mean_token_accuracy") == logged(of_trl, "mean_token_accuracy")
 
 
-def test_trls_own_trainer_logs_the_same(tmp_path, tokenizer, monkeypatch):
+def test_trls_own_trainer_logs_the_same(tmp_path, monkeypatch):
     """Our sums of TRL's outputs are its means, where each line has one micro-batch."""
     one = {"gradient_accumulation_steps": 1, "logging_steps": 1}
-    ours = train(tmp_path / "ours", tokenizer, config=one)
+    ours = train(tmp_path / "ours", config=one)
     monkeypatch.delattr(HeadMixin, "compute_loss")
     monkeypatch.setattr("fvae_dist.training.maskless.is_causal", lambda base: False)
-    trls = train(tmp_path / "trl", tokenizer, config=one)
+    trls = train(tmp_path / "trl", config=one)
     for key in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
         assert len(logged(ours, key)) >= 3
         assert logged(ours, key) == pytest.approx(logged(trls, key), rel=1e-5), key
 
 
 @pytest.mark.gpu
-def test_trains_as_with_trls_head_on_a_gpu(tmp_path, tokenizer, monkeypatch):
+def test_trains_as_with_trls_head_on_a_gpu(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of several the trainer asks for a launcher
-    compare(tmp_path, tokenizer, rel=2e-2, device="cuda", dtype=torch.bfloat16)
+    compare(tmp_path, rel=2e-2, device="cuda", dtype=torch.bfloat16)
 
 
-def test_logits_are_made_of_labelled_tokens_alone(tmp_path, tokenizer, monkeypatch):
+def test_logits_are_made_of_labelled_tokens_alone(tmp_path, monkeypatch):
     counts = []
     of_head = kernel._HeadLoss.apply
     monkeypatch.setattr(
@@ -205,15 +152,15 @@ def test_logits_are_made_of_labelled_tokens_alone(tmp_path, tokenizer, monkeypat
         "apply",
         lambda hidden, weight, labels: counts.append(labels) or of_head(hidden, weight, labels),
     )
-    trainer = train(tmp_path, tokenizer, fused_head=True)
+    trainer = train(tmp_path, fused_head=True)
     assert len(counts) == 6 and all((labels != IGNORED_LABEL).all() for labels in counts)
     batch = trainer.data_collator([trainer.train_dataset[0]])
     (inputs,), _ = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     assert int(inputs[NUM_LABELS].read()) == int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
-def test_generation_sees_the_models_signature(tmp_path, tokenizer):
-    trainer = train(tmp_path, tokenizer, fused_head=True)
+def test_generation_sees_the_models_signature(tmp_path):
+    trainer = train(tmp_path, fused_head=True)
     base = trainer.model.get_base_model()
     assert inspect.signature(base.forward) == inspect.signature(type(base).forward.__get__(base))
 
@@ -244,7 +191,7 @@ def test_an_adapted_head_is_no_plain_matrix():
     assert head_problem(model.get_base_model()) == "the model's head is no plain matrix"
 
 
-def test_tiles_are_of_what_liger_put_in_place(tmp_path, tokenizer, monkeypatch):
+def test_tiles_are_of_what_liger_put_in_place(tmp_path, monkeypatch):
     """transformers lets Liger set the MLPs' forward as training begins: tiles made before would be lost."""
     pytest.importorskip("liger_kernel")
     seen = []
@@ -255,5 +202,5 @@ def test_tiles_are_of_what_liger_put_in_place(tmp_path, tokenizer, monkeypatch):
             layer.mlp.forward = lambda x, own=own: seen.append(x.numel() // 16) or own(x)
 
     monkeypatch.setattr("liger_kernel.transformers._apply_liger_kernel_to_instance", put_in_place)
-    train(tmp_path, tokenizer, config={"use_liger_kernel": True}, tiled_mlp=True)
+    train(tmp_path, config={"use_liger_kernel": True}, tiled_mlp=True)
     assert seen and max(seen) <= 32  # two rows of a tile of 16

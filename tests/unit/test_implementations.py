@@ -14,6 +14,7 @@ from fvae_dist import FVAETrainerMixin
 from fvae_dist.training import implementations
 from fvae_dist.training.implementations import (
     choose_attention,
+    choose_head,
     choose_liger,
     lone_documents_through_sdpa,
     planned_attention,
@@ -243,22 +244,25 @@ def test_liger_is_on_for_architectures_that_it_knows(tmp_path):
         liger(tmp_path, True, config=unknown)
 
 
-def test_ligers_head_needs_a_gpu(tmp_path):
-    recipe = make_recipe(tmp_path, tmp_path, training={"head": "liger"})
-    with pytest.raises(RecipeError, match=r"training\.head: liger: it needs a GPU"):
+def test_the_head_is_fused_where_it_can_be(tmp_path, caplog):
+    def head(asked, use_cpu=False):
+        return choose_head(make_recipe(tmp_path, tmp_path, training={"head": asked}), model, use_cpu)
+
+    model = attach(LlamaForCausalLM(llama_config()))
+    assert head("auto") and head("fused") and not head("trl")
+    with caplog.at_level("INFO"):
+        assert not head("auto", use_cpu=True)
+    assert "head: TRL's (auto: it needs a GPU)" in caplog.text
+    model.get_output_embeddings().weight.requires_grad_(True)
+    assert not head("auto")
+    with pytest.raises(RecipeError, match=r"^training\.head: fused: the head is trained"):
+        head("fused")
+
+
+def test_a_fused_head_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path):
+    recipe = make_recipe(tmp_path, tmp_path, training={"head": "fused"})
+    with pytest.raises(RecipeError, match=r"^training\.head: fused: it needs a GPU"):
         choose_liger(recipe, LLAMA, use_cpu=True)
-
-
-@pytest.mark.parametrize(("installed", "is_enough"), [("0.8.4", False), ("0.8.5", True), ("0.10.0", True)])
-def test_ligers_head_needs_a_version(tmp_path, monkeypatch, installed, is_enough):
-    monkeypatch.setattr(implementations, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(implementations, "version", lambda package: installed)
-    recipe = make_recipe(tmp_path, tmp_path, training={"head": "liger", "use_liger_kernel": False})
-    if is_enough:
-        assert choose_liger(recipe, LLAMA, use_cpu=False) == (False, "asked for")
-    else:
-        with pytest.raises(RecipeError, match=r"training\.head: liger: .*liger-kernel>=0\.8\.5"):
-            choose_liger(recipe, LLAMA, use_cpu=False)
 
 
 def test_liger_leaves_the_head_to_trl(tmp_path, monkeypatch):
