@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_triton_available
 
 from fvae_dist.training.head import head_problem
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
+from fvae_dist.training.rope_scaling import positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ FLASH_INSTALL = "pip install flash-attn --no-build-isolation"
 Rows = Literal["packed", "padded", "single"]
 # Where torch prefers cuDNN's attention to its own flash kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 _CUDNN_CAPABILITIES, _CUDNN_VERSION, _CUDNN_HEAD_DIM = ((9, 0), (10, 0)), 90900, 128
+_ROW_MULTIPLE = 32
 
 
 def has_flat_adapters(recipe: Recipe, use_cpu: bool) -> bool:
@@ -68,6 +70,20 @@ def choose_attention(section: ModelSection, use_cpu: bool, rows: Rows = "padded"
         return "flash_attention_2", f"auto: {rows} rows; flash-attn is installed and the device can"
     slower = "" if rows == "single" or use_cpu else f"; slower kernels, because {rows} rows need a mask"
     return "sdpa", f"auto: no flash_attention_2 ({obstacle}){slower}"
+
+
+def row_multiple(recipe: Recipe, config: PretrainedConfig, attention: str, use_cpu: bool) -> int | None:
+    """What rows' lengths are filled up to a multiple of, behind their tokens; None: nothing.
+
+    cuDNN's attention makes a plan for every new length, forward and backward: 150 ms on an H200's host, in which whole
+    runs of rows of unlike lengths were slower than with flash-attn.
+    """
+    if attention != "sdpa" or rows_of(recipe) == "packed" or not _sdpa_takes_cudnn(recipe.model, use_cpu):
+        return None
+    longest = -(-recipe.data.max_length // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    positions = positions_of(config)
+    fits = recipe.training.sequence_parallel == 1 and (positions is None or longest <= positions)
+    return _ROW_MULTIPLE if fits else None
 
 
 @contextmanager

@@ -21,6 +21,23 @@ from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.rope_scaling import write_scaling
 from fvae_dist.training.trainer import FVAETrainerMixin
 
+# Of the recipe's training section, what is not TRL's.
+OWN_KEYS = {
+    "deepspeed",
+    "use_cpu",
+    "overwrite_output_dir",
+    "recompute",
+    "resident_weights",
+    "use_liger_kernel",
+    "side_loss_tokens",
+    "stall_timeout_s",
+    "sequence_parallel",
+    "activation_offload",
+    "tiled_mlp",
+    "head",
+    "flat_adapters",
+}
+
 
 class RecipeTrainerMixin(ResumableTrainerMixin):
     """Mix in before FVAETrainerMixin. Our checkpoints, and what an adapter is useless without in every folder that is

@@ -45,6 +45,7 @@ from fvae_dist.training.implementations import (
     choose_head,
     choose_liger,
     lone_documents_through_sdpa,
+    row_multiple,
     rows_of,
 )
 from fvae_dist.training.labels import set_labels
@@ -60,7 +61,7 @@ from fvae_dist.training.modeling import (
 )
 from fvae_dist.training.process_group import be_the_only_rank
 from fvae_dist.training.recipe import Recipe, RecipeError
-from fvae_dist.training.recipe_trainer import ClassificationTrainer, RecipeTrainer
+from fvae_dist.training.recipe_trainer import OWN_KEYS, ClassificationTrainer, RecipeTrainer
 from fvae_dist.training.results import collect_metrics, save_results
 from fvae_dist.training.rope_scaling import describe_scaling
 from fvae_dist.training.sequence_parallel import check_shares
@@ -203,23 +204,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
     recipe = prepared.recipe
     training, evaluation = recipe.training, recipe.evaluation
     stage = zero_stage(prepared.deepspeed)
-    passed_on = training.model_dump(
-        exclude={
-            "deepspeed",
-            "use_cpu",
-            "overwrite_output_dir",
-            "recompute",
-            "resident_weights",
-            "use_liger_kernel",
-            "side_loss_tokens",
-            "stall_timeout_s",
-            "sequence_parallel",
-            "activation_offload",
-            "tiled_mlp",
-            "head",
-            "flat_adapters",
-        }
-    )
+    passed_on = training.model_dump(exclude=OWN_KEYS)
     return SFTConfig(
         **passed_on,
         gradient_checkpointing=prepared.fit.recompute != "none",
@@ -236,6 +221,7 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         max_length=None,
         packing=False,
         padding_free=recipe.data.packing,
+        pad_to_multiple_of=row_multiple(recipe, prepared.config, prepared.attention, prepared.use_cpu),
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         eval_strategy=evaluation.strategy,

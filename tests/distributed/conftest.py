@@ -37,6 +37,7 @@ SCENARIOS = (
     *FUSED,
     "resident_run",
     "resident_odd",
+    "resident_spoiled",
     "whole_run",
     "gradient_split",
     "five_steps",

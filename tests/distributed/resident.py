@@ -146,9 +146,57 @@ def whole_run(run_class: Any, folder: Path) -> dict[str, Any]:
         run.close()
 
 
+class SpoilsGradient(TrainerCallback):
+    """In the second of three steps rank 1's gradient of one tensor is not a number; `values` has the rank's own shards
+    after each."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        trainer.values = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        parameter = next(p for p in self.trainer.model.parameters() if p.requires_grad)
+        if state.global_step == 1 and args.process_index == 1:
+            self.handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if hasattr(self, "handle"):
+            self.handle.remove()
+        zero = self.trainer.deepspeed.optimizer
+        states = [zero.optimizer.state[flat] for flat in zero.fp32_partitioned_groups_flat]
+        self.trainer.values.append(
+            [flat.detach().clone() for flat in zero.fp32_partitioned_groups_flat]
+            + [state[key].detach().clone() for state in states for key in ("exp_avg", "exp_avg_sq", "step")]
+        )
+
+
+def spoiled_step(run_class: Any, folder: Path) -> dict[str, Any]:
+    """Three steps with resident weights, the second of which has no number for a gradient."""
+    arguments = {"optim": "adamw_torch_fused"}
+    run = run_class(
+        folder,
+        "resident_spoiled",
+        steps=3,
+        num_rows=12,
+        micro_batch=2,
+        arguments=arguments,
+        trainer_arguments=RESIDENT,
+        callbacks=(SpoilsGradient,),
+    )
+    trainer = run.build()
+    try:
+        trainer.train()
+        zero = trainer.deepspeed.optimizer
+        counts = (int(zero.passed_over), trainer.deepspeed.skipped_steps)
+        return {"values": trainer.values, "passed_over": counts, "log": trainer.state.log_history}
+    finally:
+        run.close()
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     **{f"resident_{layout}": lambda run, folder, of=layout: one_step(run, folder, of) for layout in LAYOUTS},
     **{name: lambda run, folder, of=name: fused_step(run, folder, of) for name in FUSED},
     "resident_run": whole_run,
     "resident_odd": odd_sizes,
+    "resident_spoiled": spoiled_step,
 }

@@ -72,3 +72,16 @@ def test_tensors_that_ranks_cannot_share_evenly(two_ranks, rank):
         assert not torch.equal(found["start"][name], found["final"][name]), name
     norms = [[row["grad_norm"] for row in run["log"] if "grad_norm" in row] for run in (found, expected)]
     assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_whose_gradients_are_no_numbers_is_passed_over(two_ranks, rank):
+    """By the optimizer itself, without DeepSpeed asking for the norm: weights, moments and their count stay."""
+    result = two_ranks.result("resident_spoiled", rank)
+    first, second, third = result["values"]
+    assert len(first) >= 4 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    assert all(value.isfinite().all() for value in third)
+    assert result["passed_over"] == (1, 0)
+    norms = [row["grad_norm"] for row in result["log"] if "grad_norm" in row]
+    assert [norm < float("inf") for norm in norms] == [True, False, True]

@@ -14,29 +14,32 @@ from fvae_dist.training.recipe_file import load_recipe
 
 SDPA, FLASH = "sdpa", "flash_attention_2"
 NOT_FLAT = ("training.flat_adapters=false",)
+RESIDENT = ("training.deepspeed=ds_configs/zero3.json", "training.resident_weights=true")
+OLD = ("training.head=trl",)  # measured before another head was there
 OFFLOAD = ("training.activation_offload=true", "training.tiled_mlp=true")
 
 
 @pytest.mark.parametrize(
     ("gpus", "shape", "length", "variant", "recompute", "attention", "shared", "changes", "measured_gib", "measured_s"),
     [
-        (1, "8b", 16_384, LORA, "none", SDPA, 1, (), 81.96, 1.444),
-        (1, "8b", 29_696, LORA, "none", SDPA, 1, (), 136.09, 3.264),
-        (1, "8b", 32_768, FUSED, "none", SDPA, 1, (), 120.46, 3.705),
-        (1, "8b", 37_888, FUSED, "none", SDPA, 1, (), 136.73, 4.600),
-        (1, "8b", 262_144, FUSED, "selective", SDPA, 1, OFFLOAD, 106.13, 142.949),
-        (2, "8b", 131_072, FUSED, "selective", SDPA, 2, (), 56.29, 20.168),
-        (2, "8b", 131_072, LORA, "selective", SDPA, 2, (), 57.43, 20.495),
-        (2, "8b", 524_288, FUSED, "selective", SDPA, 2, OFFLOAD, 105.54, 288.398),
-        # What the host's constants were fitted to, and 113 ms on one GPU with zero3.json.
-        (1, "1b", 4096, FUSED, "none", FLASH, 1, (), 7.94, 0.137),
-        (1, "1b", 4096, FUSED, "none", FLASH, 1, NOT_FLAT, 7.94, 0.191),
-        (1, "1b", 32_768, FUSED, "full", FLASH, 1, (), 8.70, 1.738),
-        (1, "8b", 8192, FUSED, "full", FLASH, 1, (), 19.90, 1.028),
-        (1, "8b", 32_768, FUSED, "full", FLASH, 1, (), 31.34, 6.762),
-        (2, "1b", 4096, FUSED, "none", FLASH, 1, NOT_FLAT, 7.95, 0.136),  # the same
-        (2, "1b", 32_768, FUSED, "full", FLASH, 1, (), 8.70, 1.684),
-        (2, "8b", 8192, FUSED, "full", FLASH, 1, (), 19.70, 1.063),
+        (1, "8b", 16_384, LORA, "none", SDPA, 1, OLD, 81.96, 1.444),
+        (1, "8b", 29_696, LORA, "none", SDPA, 1, OLD, 136.09, 3.264),
+        (1, "8b", 32_768, FUSED, "none", SDPA, 1, OLD, 120.46, 3.705),
+        (1, "8b", 37_888, FUSED, "none", SDPA, 1, OLD, 136.73, 4.600),
+        (1, "8b", 262_144, FUSED, "selective", SDPA, 1, (*OLD, *OFFLOAD), 106.13, 142.949),
+        (2, "8b", 131_072, FUSED, "selective", SDPA, 2, OLD, 56.29, 20.168),
+        (2, "8b", 131_072, LORA, "selective", SDPA, 2, OLD, 57.43, 20.495),
+        (2, "8b", 524_288, FUSED, "selective", SDPA, 2, (*OLD, *OFFLOAD), 105.54, 288.398),
+        # What the host's constants were fitted to, and the same with zero3.json.
+        (1, "1b", 4096, FUSED, "none", FLASH, 1, (), 8.2, 0.118),
+        (1, "1b", 4096, FUSED, "none", FLASH, 1, NOT_FLAT, 8.2, 0.219),
+        (1, "1b", 4096, FUSED, "none", FLASH, 1, RESIDENT, 8.3, 0.098),
+        (1, "8b", 8192, FUSED, "full", FLASH, 1, RESIDENT, 20.1, 0.992),
+        (1, "1b", 32_768, FUSED, "full", FLASH, 1, OLD, 8.70, 1.738),
+        (1, "8b", 8192, FUSED, "full", FLASH, 1, OLD, 19.90, 1.028),
+        (1, "8b", 32_768, FUSED, "full", FLASH, 1, OLD, 31.34, 6.762),
+        (2, "1b", 32_768, FUSED, "full", FLASH, 1, OLD, 8.70, 1.684),
+        (2, "8b", 8192, FUSED, "full", FLASH, 1, OLD, 19.70, 1.063),
     ],
 )
 def test_measured_runs(
