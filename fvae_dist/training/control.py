@@ -69,6 +69,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stop.is_training = True
+        self.trainer.is_told_to_stop = False
         self.trainer.wants_to_stop = lambda: self.stop.received is not None
 
     def on_step_end(self, args, state, control, **kwargs):

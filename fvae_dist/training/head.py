@@ -141,8 +141,8 @@ class HeadMixin(_TrainerBase):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, with the metrics since the last line. All ranks must call this."""
-        found, self._head_sums = self._head_sums, None
-        if found is not None:
+        if "loss" in logs and self._head_sums is not None:
+            found, self._head_sums = self._head_sums, None
             *sums, num_labels = self.accelerator.reduce(found).tolist()
             self._metrics["train"] |= {
                 key: [value / max(num_labels, 1)] for key, value in zip(_METRICS, sums, strict=True)

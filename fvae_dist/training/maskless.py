@@ -55,18 +55,19 @@ class MasklessMixin(_TrainerBase):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.data_collator = SaysWherePadded(self.data_collator)
-        self._is_causal: bool | None = None
+        own: Any = self.model
+        self._base: Any = own.get_base_model() if hasattr(own, "get_base_model") else own
+        self._is_causal = is_causal(self._base)
+        collator: Any = self.data_collator
+        if not self._is_causal and getattr(collator, "pad_to_multiple_of", None):
+            collator.pad_to_multiple_of = None  # rows that are filled up would need a mask
+        self.data_collator = SaysWherePadded(collator)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the trainer's."""
-        own: Any = self.model
-        base = own.get_base_model() if hasattr(own, "get_base_model") else own
-        if self._is_causal is None:
-            self._is_causal = is_causal(base)
         if inputs.pop(PADDED_BEHIND, False) and self._is_causal:
             inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
-        is_flash = "flash" in str(getattr(base.config, "_attn_implementation", ""))
+        is_flash = "flash" in str(getattr(self._base.config, "_attn_implementation", ""))
         is_told = "position_ids" not in inputs or ("cu_seq_lens_q" in inputs and is_flash)
         with _no_search_for_documents() if is_told else nullcontext():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

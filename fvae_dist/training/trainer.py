@@ -289,10 +289,10 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin, NoWaitingMixin):
             return {"task": self._task_weight() * task * share, "side": side * share}
 
         split = self._window.gradient_split = self._window.gradient_split or GradientSplit(self.model)
-        tokens_seen = getattr(self, "_total_train_tokens", None)
+        # Of TRL's trainer and of HeadMixin, which count this batch twice more.
+        counted = {name: vars(self)[name] for name in ("_total_train_tokens", "_head_sums") if name in vars(self)}
         split.add(losses, self.args.device)
-        if tokens_seen is not None:
-            self._total_train_tokens = tokens_seen  # TRL has counted this batch twice more
+        vars(self).update(counted)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._window.num_steps:

@@ -204,3 +204,24 @@ def test_tiles_are_of_what_liger_put_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr("liger_kernel.transformers._apply_liger_kernel_to_instance", put_in_place)
     train(tmp_path, config={"use_liger_kernel": True}, tiled_mlp=True)
     assert seen and max(seen) <= 32  # two rows of a tile of 16
+
+
+def test_metrics_are_means_since_the_line_before_whatever_is_evaluated_between(tmp_path):
+    """Lines of three steps, an evaluation after each step: the same accuracy as without."""
+    every = {"logging_steps": 3, "logging_first_step": False}
+    plain = train(tmp_path / "plain", config=every)
+    between = train(tmp_path / "between", config=every | {"eval_strategy": "steps", "eval_steps": 1})
+    assert len(logged(between, "eval_loss")) == 3
+    for key in ("entropy", "mean_token_accuracy"):
+        assert len(logged(plain, key)) == 1 and logged(between, key) == logged(plain, key)
+    steps = train(tmp_path / "steps")
+    low, high = min(logged(steps, "entropy")), max(logged(steps, "entropy"))
+    assert low < logged(plain, "entropy")[0] < high
+
+
+def test_a_gradient_split_does_not_count_twice(tmp_path):
+    every = {"logging_steps": 3, "logging_first_step": False}
+    split = train(tmp_path / "split", config=every, gradient_split_every=2)
+    plain = train(tmp_path / "plain", config=every)
+    assert logged(split, "gradient/task/lora_B")
+    assert logged(split, "entropy") == logged(plain, "entropy")

@@ -59,6 +59,26 @@ def test_rows_padded_on_the_left_keep_their_mask(tmp_path, masks):
     assert any(masks)
 
 
+def test_rows_are_filled_up_where_they_then_need_no_mask(tmp_path, masks, monkeypatch):
+    lengths = []
+    collate = DataCollatorForLanguageModeling.torch_call
+
+    def seen(self, examples):
+        batch = collate(self, examples)
+        lengths.append(batch["input_ids"].shape[1])
+        return batch
+
+    monkeypatch.setattr(DataCollatorForLanguageModeling, "torch_call", seen)
+    filled = train(tmp_path / "filled", collator=DataCollatorForLanguageModeling(0, pad_to_multiple_of=32))
+    assert set(lengths) == {32} and not any(masks)
+    as_they_are = train(tmp_path / "as_they_are")
+    assert logged(filled, "loss") == pytest.approx(logged(as_they_are, "loss"), rel=1e-5)
+    monkeypatch.setattr(maskless, "is_causal", lambda model: False)
+    lengths.clear()
+    train(tmp_path / "with_mask", collator=DataCollatorForLanguageModeling(0, pad_to_multiple_of=32))
+    assert lengths and max(lengths) < 32
+
+
 def test_packed_rows_keep_theirs_without_flash_attention(tmp_path, masks):
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     train(tmp_path, collator=collator, data=training_rows("packed"), config={"per_device_train_batch_size": 1})
