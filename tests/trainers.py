@@ -11,11 +11,11 @@ from tests.distributed.layouts import SEED
 from tests.distributed.tiny import attach, llama_config, rows, write_tokenizer
 
 
-def train(folder, device="cpu", dtype=torch.float32, config=None, data=None, collator=None, **arguments):
+def train(folder, device="cpu", dtype=torch.float32, config=None, data=None, collator=None, model=None, **arguments):
     """Three steps of two micro-batches of two rows; returns the trainer."""
     write_tokenizer(folder)
     torch.manual_seed(0)
-    model = attach(LlamaForCausalLM(llama_config()).to(dtype))
+    model = model or attach(LlamaForCausalLM(llama_config()).to(dtype))
     values = {
         "output_dir": str(folder),
         "use_cpu": device == "cpu",

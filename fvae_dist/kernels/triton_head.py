@@ -24,6 +24,7 @@ def cross_entropy_kernel(
     total = 0.0
     weighted = 0.0
     if is_counted:
+        of_label = tl.load(row_ptr + label).to(tl.float32)  # before anything is written in its place
         for start in range(0, V, BV):
             words = start + tl.arange(0, BV)
             is_word = words < V
@@ -35,7 +36,6 @@ def cross_entropy_kernel(
             total = total * shrink + tl.sum(exps, 0)
             weighted = weighted * shrink + tl.sum(exps * tl.where(is_word, logits, 0.0), 0)
             largest = now_largest
-        of_label = tl.load(row_ptr + label).to(tl.float32)
         log_sum = largest + tl.log(total)
         tl.store(found_ptr + token, log_sum - of_label)
         tl.store(found_ptr + T + token, log_sum - weighted / total)

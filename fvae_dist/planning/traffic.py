@@ -101,7 +101,7 @@ def gathered_by_pass(subject: Subject, choice: Choice) -> dict[str, float]:
     return {
         "forward": float(layers + subject.embedding_size + head),
         "recompute": recompute,
-        "backward": max(layers - kept, 0.0) + (0 if subject.settings.fused_head else head),
+        "backward": max(layers - kept, 0.0) + head,
     }
 
 

@@ -106,7 +106,8 @@ class AdapterShards:
 
     def _without_asking(self, step: Callable[..., None]) -> Callable[..., None]:
         """DeepSpeed's step waits to hear whether the gradients' norm is a number, and passes over the step if it is
-        not. Torch's fused optimizers can pass over a step by themselves."""
+        not. Torch's fused optimizers can pass over a step by themselves. (The schedule goes on with it: nobody on the
+        host knows of it before the next log line.)"""
         from deepspeed.runtime.zero import stage3
 
         zero = self._zero

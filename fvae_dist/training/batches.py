@@ -12,6 +12,10 @@ SideLossTokens = Literal["all", "labelled"]
 # Keys that travel in a batch from collation to the loss; models never see them.
 COUNTED = "fvae_counted_tokens"
 LENGTHS = "fvae_example_lengths"
+# The same, known on the host where the batch is made: True where whatever is padded stands at its rows' ends; how many
+# of its tokens have a label (or more: some lose theirs later).
+PADDED_BEHIND = "fvae_padded_behind"
+NUM_LABELLED = "fvae_num_labelled"
 IGNORED_LABEL = -100
 
 
@@ -58,20 +62,38 @@ def drop_fillers(inputs: dict[str, Any], num_real: int) -> None:
             inputs[key][fillers] = value
 
 
-class WithLengths:
-    """A padding-free collator that also says how long each of its examples is."""
+class _Wrapper:
+    """Another collator, and more said of its batches."""
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        return self.collator(examples) | {LENGTHS: lengths}
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator":  # not there yet while being unpickled in a loader process
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+
+class WithLengths(_Wrapper):
+    """A padding-free collator that also says how long each of its examples is."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return self.collator(examples) | {LENGTHS: lengths}
+
+
+class WithHostFacts(_Wrapper):
+    """A collator that also says what the host would have to wait for once the batch is on the device."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        facts: dict[str, Any] = {}
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            facts[PADDED_BEHIND] = bool((mask[:, 1:] <= mask[:, :-1]).all())
+        if isinstance(labels, Tensor):
+            facts[NUM_LABELLED] = int((labels != IGNORED_LABEL).sum())
+        return {**batch, **facts}
 
 
 def find_records(dataset: Any, input_ids: Tensor) -> list[int]:

@@ -2,33 +2,30 @@
 
 TRL's head makes the logits twice, tile by tile: for the loss, and again for its gradient in the backward pass. It waits
 for the device to hear which tokens have a label, and TRL's trainer to tell its metrics. A frozen head's logits need be
-made once (`fvae_dist.kernels.head`); how many labels there are, is known when the batch arrives; and metrics stay on
-the device until a log line tells them. They are means over the tokens since the line before, whichever the head.
+made once (`fvae_dist.kernels.head`); how many labels there are, the collator has counted; and metrics stay on the
+device until a log line tells them. They are means over the tokens since the line before, whichever the head.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_outputs import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from fvae_dist.kernels.head import head_loss
-from fvae_dist.training.batches import IGNORED_LABEL
-from fvae_dist.training.no_waiting import HostCopy
+from fvae_dist.training.batches import IGNORED_LABEL, NUM_LABELLED
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _TrainerBase  # what the mixin is mixed into
 else:
     _TrainerBase = object
 
-# A batch's key: how many of its tokens have a label.
-NUM_LABELS = "fvae_num_labels"
 # Of a configuration: what TRL's head applies to the logits and ours does not.
 _FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _METRICS = ("mean_token_accuracy", "entropy")
@@ -44,7 +41,8 @@ def head_problem(model: Any) -> str | None:
     for key in _FACTORS:
         if getattr(config, key, None) not in (None, 0, 1):
             return f"the model's head has a {key}"
-    if getattr(config, "output_router_logits", False):
+    # TRL's trainer asks the router for its logits wherever the configuration has a weight for their loss.
+    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0):
         return "the model adds a loss of its own"
     return None
 
@@ -71,29 +69,22 @@ def give_head(model: Any) -> None:
         if shift_labels is None:
             assert labels is not None
             shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        # Not by name: at that ZeRO-3 would gather it, before the layers run.
-        weight = dict(self.get_output_embeddings().named_parameters(recurse=False))["weight"]
-        with _whole(weight):
+        weight = self.get_output_embeddings().weight
+        with maybe_gather_lm_head_ctx(weight):  # where ZeRO-3 shards it; the backward pass does not need it
             found = head_loss(hidden.flatten(0, 1).to(weight.dtype), weight, shift_labels.flatten(), num_labelled)
         return ModelOutput(found._asdict())
 
     model.forward = types.MethodType(forward, model)
 
 
-def _whole(weight: nn.Parameter) -> AbstractContextManager[Any]:
-    """Where ZeRO-3 shards the weight: inside it is whole. The backward pass does not need it."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters([weight])
-
-
 class HeadMixin(_TrainerBase):
-    """Mix in before SFTTrainer, for training on the negative log-likelihood.
+    """Mix in before SFTTrainer. Losses other than the plain negative log-likelihood are left to it.
 
     Args (beside the trainer's, by keyword):
         fused_head: whether the fused head takes the place of TRL's in training.
+
+    Attributes:
+        is_plain_loss: whether the loss is computed here.
 
     Raises:
         ValueError: it cannot.
@@ -103,39 +94,35 @@ class HeadMixin(_TrainerBase):
         super().__init__(*args, **kwargs)
         self.fused_head = fused_head
         self._head_sums: Tensor | None = None
+        settings: Any = self.args
+        is_nll = settings.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
+        self.is_plain_loss = is_nll and not self.aux_loss_enabled
         if fused_head:
             model: Any = self.model
             base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if problem := head_problem(base):
+            if problem := head_problem(base) or (None if is_nll else "the loss is not the plain likelihood"):
                 raise ValueError(f"the fused head: {problem}")
             give_head(base)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
-        """As the trainer's; the host is told how many labels there are before the step is launched."""
-        samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        for inputs in samples if self.fused_head else []:
-            labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
-            inputs[NUM_LABELS] = HostCopy((labels != IGNORED_LABEL).sum())
-        return samples, num_items_in_batch
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As TRL's, negative log-likelihood over `num_items_in_batch` labels."""
-        if not model.training or return_outputs or self.aux_loss_enabled:
+        """As TRL's; the negative log-likelihood over `num_items_in_batch` labels without waiting."""
+        num_labelled = inputs.pop(NUM_LABELLED, None)
+        if not model.training or return_outputs or not self.is_plain_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if (num_labels := inputs.pop(NUM_LABELS, None)) is not None:
-            inputs["num_labelled"] = int(num_labels.read())
+        if self.fused_head:
+            inputs["num_labelled"] = num_labelled
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         if "log_probs" in outputs:
             sums = [-outputs.log_probs.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
         else:
             sums = [outputs.loss, outputs.entropy, outputs.num_right]
         labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
-        num_labelled = (labels != IGNORED_LABEL).sum()
-        num_items = num_labelled if num_items_in_batch is None else num_items_in_batch
+        num_labels = (labels != IGNORED_LABEL).sum()
+        num_items = num_labels if num_items_in_batch is None else num_items_in_batch
         loss = sums[0] / torch.as_tensor(num_items).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        found = torch.stack([sums[2].float(), sums[1].float(), num_labelled.float()])
+        found = torch.stack([sums[2].float(), sums[1].float(), num_labels.float()])
         self._head_sums = found if self._head_sums is None else self._head_sums + found
         return loss
 
@@ -147,4 +134,5 @@ class HeadMixin(_TrainerBase):
             self._metrics["train"] |= {
                 key: [value / max(num_labels, 1)] for key, value in zip(_METRICS, sums, strict=True)
             }
+        self._metrics["eval"].pop("num_tokens", None)  # TRL's count of training tokens, which is not kept
         super().log(logs, start_time)

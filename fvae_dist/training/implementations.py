@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from transformers.utils.import_utils import is_triton_available
 
 from fvae_dist.training.head import head_problem
+from fvae_dist.training.maskless import is_causal
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
 from fvae_dist.training.rope_scaling import positions_of
 
@@ -72,18 +73,19 @@ def choose_attention(section: ModelSection, use_cpu: bool, rows: Rows = "padded"
     return "sdpa", f"auto: no flash_attention_2 ({obstacle}){slower}"
 
 
-def row_multiple(recipe: Recipe, config: PretrainedConfig, attention: str, use_cpu: bool) -> int | None:
+def row_multiple(recipe: Recipe, model: Any, attention: str, use_cpu: bool) -> int | None:
     """What rows' lengths are filled up to a multiple of, behind their tokens; None: nothing.
 
-    cuDNN's attention makes a plan for every new length, forward and backward: 150 ms on an H200's host, in which whole
+    cuDNN's attention makes a plan for every new length, forward and backward: some 150 ms of an H200's host, so that
     runs of rows of unlike lengths were slower than with flash-attn.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if attention != "sdpa" or rows_of(recipe) == "packed" or not _sdpa_takes_cudnn(recipe.model, use_cpu):
         return None
     longest = -(-recipe.data.max_length // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    positions = positions_of(config)
+    positions = positions_of(base.config)
     fits = recipe.training.sequence_parallel == 1 and (positions is None or longest <= positions)
-    return _ROW_MULTIPLE if fits else None
+    return _ROW_MULTIPLE if fits and is_causal(base) else None  # others would need a mask for it
 
 
 @contextmanager

@@ -221,7 +221,6 @@ def build_arguments(prepared: Prepared) -> SFTConfig:
         max_length=None,
         packing=False,
         padding_free=recipe.data.packing,
-        pad_to_multiple_of=row_multiple(recipe, prepared.config, prepared.attention, prepared.use_cpu),
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         eval_strategy=evaluation.strategy,
@@ -275,6 +274,7 @@ def build_trainer(prepared: Prepared, args: SFTConfig, model: nn.Module) -> Reci
     of_task: dict[str, Any] = {"classes": prepared.data.classes}
     if prepared.data.classes is None:
         make, of_task = RecipeTrainer, {"fused_head": choose_head(recipe, model, prepared.use_cpu)}
+        args.pad_to_multiple_of = row_multiple(recipe, model, prepared.attention, prepared.use_cpu)
     trainer = make(
         model=model,
         args=args,

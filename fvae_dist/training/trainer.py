@@ -290,7 +290,9 @@ class FVAETrainerMixin(SequenceParallelMixin, WalkOnceMixin, NoWaitingMixin):
 
         split = self._window.gradient_split = self._window.gradient_split or GradientSplit(self.model)
         # Of TRL's trainer and of HeadMixin, which count this batch twice more.
-        counted = {name: vars(self)[name] for name in ("_total_train_tokens", "_head_sums") if name in vars(self)}
+        counted: dict[str, Any] = {
+            name: vars(self)[name] for name in ("_total_train_tokens", "_head_sums") if name in vars(self)
+        }
         split.add(losses, self.args.device)
         vars(self).update(counted)
 

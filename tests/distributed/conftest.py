@@ -40,6 +40,7 @@ SCENARIOS = (
     "resident_spoiled",
     "whole_run",
     "gradient_split",
+    "fused_head",
     "five_steps",
     "forty_steps",
     "unsafe_precision",

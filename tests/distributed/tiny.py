@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -107,9 +108,9 @@ def attach(model: torch.nn.Module, **overrides) -> PeftModel:
     return peft_model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> torch.nn.Module:
     attention = os.environ.get("FVAE_TEST_ATTENTION", "sdpa")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **config)
 
 
 def pad_rows(batch: list[dict[str, list[int]]], side: str = "right") -> dict[str, Tensor]:

@@ -39,7 +39,9 @@ from fvae_dist.adapter.flat import flatten, split_flat
 from fvae_dist.training.callbacks import StartupChecks
 from fvae_dist.training.checks import StartupError
 from fvae_dist.training.deepspeed_config import load_deepspeed_config
+from fvae_dist.training.head import HeadMixin
 from fvae_dist.training.leaving import leave
+from fvae_dist.training.maskless import MasklessMixin
 from fvae_dist.training.recipe import Recipe
 from fvae_dist.training.resumable import ResumableTrainerMixin
 from fvae_dist.training.zero3 import skip_shared_memory_operator
@@ -61,7 +63,7 @@ class Recording:
         return samples, num_items
 
 
-class SFT(Recording, ResumableTrainerMixin, FVAETrainerMixin, SFTTrainer):
+class SFT(Recording, ResumableTrainerMixin, FVAETrainerMixin, MasklessMixin, HeadMixin, SFTTrainer):
     pass
 
 
@@ -142,6 +144,7 @@ class Run:
             "drop": (),
             "adapter": {},
             "lora": False,
+            "model": {},
             "trainer_arguments": {},
             "startup_checks": True,
             "arguments": {},
@@ -212,7 +215,7 @@ class Run:
             args = SFTConfig(**values, **special)
         else:
             args = TrainingArguments(**values)
-        model = load(self.folder / "model", getattr(torch, s["dtype"]))
+        model = load(self.folder / "model", getattr(torch, s["dtype"]), **s["model"])
         transformers.set_seed(11)
         if s["lora"]:
             model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
@@ -521,6 +524,31 @@ def non_finite(folder: Path) -> None:
         raise
 
 
+def fused_head(folder: Path) -> dict[str, Any]:
+    """Logs of two steps of two micro-batches, evaluated after each, with TRL's head and the fused one: weights gathered
+    in every pass, from a head of its own or the embedding's; kept; sequences shared."""
+    whole = {"trainer_arguments": resident.RESIDENT}
+    cases: dict[str, dict[str, Any]] = {
+        "sharded": {},
+        "sharded_tied": {"model": {"tie_word_embeddings": True}, "checkpointing": False},
+        "resident": whole,
+        "shared": layouts.settings("sp_z3_sft_off"),
+    }
+    arguments = {"eval_strategy": "steps", "eval_steps": 1}
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        common = {"steps": 2, "accumulation": 2, "num_rows": 16} | case
+        for is_fused in (False, True):
+            changes = {
+                "arguments": arguments | common.get("arguments", {}),
+                "trainer_arguments": common.get("trainer_arguments", {}) | {"fused_head": is_fused},
+            }
+            found[f"{name}_{'fused' if is_fused else 'trl'}"] = Run(folder, f"head_{name}", **common | changes).train()[
+                "log"
+            ]
+    return found
+
+
 SCENARIOS: dict[str, Any] = {
     "loading": loading,
     **{layout: partial(one_step, layout=layout) for layout in (*layouts.LAYOUTS, *layouts.SEQUENCE_PARALLEL)},
@@ -532,6 +560,7 @@ SCENARIOS: dict[str, Any] = {
     "tiled_sp": partial(tiled, layout="sp_z3_sft_off"),
     "whole_run": whole_run,
     "gradient_split": gradient_split,
+    "fused_head": fused_head,
     "five_steps": five_steps,
     "forty_steps": forty_steps,
     "unsafe_precision": unsafe_precision,

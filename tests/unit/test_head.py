@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from fvae_dist.kernels import head as kernel
 from fvae_dist.kernels.head import IGNORED_LABEL, head_loss
-from fvae_dist.training.head import NUM_LABELS, HeadMixin, head_problem
+from fvae_dist.training.head import HeadMixin, head_problem
 from tests.distributed.tiny import llama_config
 from tests.trainers import logged, train
 
@@ -145,18 +145,15 @@ def test_trains_as_with_trls_head_on_a_gpu(tmp_path, monkeypatch):
 
 
 def test_logits_are_made_of_labelled_tokens_alone(tmp_path, monkeypatch):
-    counts = []
+    seen = []
     of_head = kernel._HeadLoss.apply
-    monkeypatch.setattr(
-        kernel._HeadLoss,
-        "apply",
-        lambda hidden, weight, labels: counts.append(labels) or of_head(hidden, weight, labels),
-    )
+    monkeypatch.setattr(kernel._HeadLoss, "apply", lambda h, w, labels: seen.append(labels) or of_head(h, w, labels))
     trainer = train(tmp_path, fused_head=True)
-    assert len(counts) == 6 and all((labels != IGNORED_LABEL).all() for labels in counts)
-    batch = trainer.data_collator([trainer.train_dataset[0]])
-    (inputs,), _ = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    assert int(inputs[NUM_LABELS].read()) == int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
+    labels = [torch.tensor(row["labels"]) for row in trainer.train_dataset]
+    assert len(seen) == 6  # an epoch
+    assert sum(map(len, seen)) == sum(int((of_row != IGNORED_LABEL).sum()) for of_row in labels)
+    found = sum(int((of_batch != IGNORED_LABEL).sum()) for of_batch in seen)
+    assert found == sum(int((of_row[1:] != IGNORED_LABEL).sum()) for of_row in labels)
 
 
 def test_generation_sees_the_models_signature(tmp_path):
@@ -174,11 +171,20 @@ def test_a_head_that_is_not_the_plain_one_is_refused():
         setattr(model.config, key, 0.5)
         assert head_problem(model) == f"the model's head has a {key}"
         setattr(model.config, key, 1)
-    model.config.output_router_logits = True
-    assert head_problem(model) == "the model adds a loss of its own"
-    model.config.output_router_logits = False
     model.lm_head = torch.nn.Linear(16, 64, bias=True).requires_grad_(False)
     assert head_problem(model) == "the model's head is no plain matrix"
+
+
+def test_another_loss_is_left_to_trl(tmp_path, monkeypatch):
+    settings = {"loss_type": "dft"}
+    ours = train(tmp_path / "ours", config=settings)
+    with pytest.raises(ValueError, match="the fused head: the loss is not the plain likelihood"):
+        train(tmp_path / "fused", config=settings, fused_head=True)
+    plain = train(tmp_path / "plain")
+    monkeypatch.delattr(HeadMixin, "compute_loss")
+    trls = train(tmp_path / "trl", config=settings)
+    assert logged(ours, "loss/task") == pytest.approx(logged(trls, "loss/task"), rel=1e-6)
+    assert logged(ours, "loss/task") != pytest.approx(logged(plain, "loss/task"), rel=1e-3)
 
 
 def test_an_adapted_head_is_no_plain_matrix():

@@ -127,18 +127,26 @@ def test_rows_and_what_is_planned_for_them(tmp_path):
     assert planned_attention(recipe(attention="eager")) == "eager"
 
 
-def test_rows_are_filled_up_for_cudnns_attention(gpu, tmp_path):
+def test_rows_are_filled_up_for_cudnns_attention(gpu, tmp_path, monkeypatch):
+    def make(positions):
+        return LlamaForCausalLM._from_config(
+            llama_config(max_position_embeddings=positions), attn_implementation="sdpa"
+        )
+
     def multiple(use_cpu=False, attention="sdpa", length=100, positions=4096, **training):
         packing = training.pop("packing", False)
         data = {"packing": packing, "max_length": length}
         recipe = make_recipe(tmp_path, tmp_path, model={"dtype": "bfloat16"}, data=data, training=training)
-        return row_multiple(recipe, llama_config(max_position_embeddings=positions), attention, use_cpu)
+        return row_multiple(recipe, attach(make(positions)), attention, use_cpu)
 
     gpu()
     assert multiple() == multiple(per_device_train_batch_size=4) == multiple(positions=128) == 32
     assert multiple(positions=127) is None and multiple(use_cpu=True) is None
     assert multiple(attention="flash_attention_2") is None and multiple(packing=True) is None
     assert multiple(sequence_parallel=2) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(implementations, "is_causal", lambda model: False)
+        assert multiple() is None
     gpu(capability=(8, 0))
     assert multiple() is None
 

@@ -4,13 +4,24 @@ import pickle
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fvae_dist.training import maskless
-from fvae_dist.training.maskless import PADDED_BEHIND, SaysWherePadded, is_causal
+from fvae_dist.training.batches import NUM_LABELLED, PADDED_BEHIND, WithHostFacts
+from fvae_dist.training.head import head_problem
+from fvae_dist.training.maskless import is_causal
 from tests.distributed.layouts import training_rows
-from tests.distributed.tiny import llama_config
+from tests.distributed.tiny import VOCABULARY, llama_config
 from tests.trainers import logged, train
 
 
@@ -59,24 +70,12 @@ def test_rows_padded_on_the_left_keep_their_mask(tmp_path, masks):
     assert any(masks)
 
 
-def test_rows_are_filled_up_where_they_then_need_no_mask(tmp_path, masks, monkeypatch):
-    lengths = []
-    collate = DataCollatorForLanguageModeling.torch_call
-
-    def seen(self, examples):
-        batch = collate(self, examples)
-        lengths.append(batch["input_ids"].shape[1])
-        return batch
-
-    monkeypatch.setattr(DataCollatorForLanguageModeling, "torch_call", seen)
+def test_rows_that_are_filled_up_train_the_same(tmp_path, masks):
     filled = train(tmp_path / "filled", collator=DataCollatorForLanguageModeling(0, pad_to_multiple_of=32))
-    assert set(lengths) == {32} and not any(masks)
+    assert masks and not any(masks)
     as_they_are = train(tmp_path / "as_they_are")
-    assert logged(filled, "loss") == pytest.approx(logged(as_they_are, "loss"), rel=1e-5)
-    monkeypatch.setattr(maskless, "is_causal", lambda model: False)
-    lengths.clear()
-    train(tmp_path / "with_mask", collator=DataCollatorForLanguageModeling(0, pad_to_multiple_of=32))
-    assert lengths and max(lengths) < 32
+    for key in ("loss", "loss/neg_elbo", "grad_norm"):
+        assert logged(filled, key) == pytest.approx(logged(as_they_are, key), rel=1e-5), key
 
 
 def test_packed_rows_keep_theirs_without_flash_attention(tmp_path, masks):
@@ -86,20 +85,53 @@ def test_packed_rows_keep_theirs_without_flash_attention(tmp_path, masks):
 
 
 def test_nobody_looks_for_documents_in_rows_that_have_one(tmp_path, monkeypatch):
-    def looked(position_ids):
+    def looked(*args, **kwargs):
         raise AssertionError("transformers would wait for the device")
 
     monkeypatch.setattr(maskless.masking_utils, "find_packed_sequence_indices", looked)
-    assert logged(train(tmp_path), "loss")
+    monkeypatch.setattr(maskless.modeling_flash_attention_utils, "_is_packed_sequence", looked)
+    assert logged(train(tmp_path, config={"gradient_checkpointing": True}), "loss")
+    assert maskless.masking_utils.find_packed_sequence_indices is looked
 
 
-def test_the_collator_says_where_padding_stands():
-    right = SaysWherePadded(DataCollatorForLanguageModeling(pad_token_id=0))
-    left = SaysWherePadded(PadsBefore(pad_token_id=0))
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_routers_loss_keeps_the_mask_and_trls_head(tmp_path, monkeypatch, attention):
+    """It leaves padding out by it; TRL's trainer sets the loss, whatever the configuration on disk says."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+
+    def run(folder):
+        torch.manual_seed(0)
+        base = MixtralForCausalLM._from_config(config, attn_implementation=attention)
+        model = get_peft_model(base, lora)
+        assert head_problem(model.get_base_model()) == "the model adds a loss of its own"
+        return train(tmp_path / folder, model=model)
+
+    found = run("found")
+    monkeypatch.setattr(maskless, "is_causal", lambda model: False)
+    expected = run("expected")
+    for key in ("loss", "grad_norm", "aux_loss", "entropy"):
+        assert len(logged(found, key)) == 3 and logged(found, key) == logged(expected, key), key
+
+
+def test_the_collator_says_what_the_host_would_wait_for():
+    right = WithHostFacts(DataCollatorForLanguageModeling(pad_token_id=0))
+    left = WithHostFacts(PadsBefore(pad_token_id=0))
     unlike, alike = [{"input_ids": [5, 6, 7]}, {"input_ids": [5]}], [{"input_ids": [5, 6]}, {"input_ids": [7, 8]}]
     assert right(unlike)[PADDED_BEHIND] and right(alike)[PADDED_BEHIND] and left(alike)[PADDED_BEHIND]
     assert not left(unlike)[PADDED_BEHIND]
-    assert PADDED_BEHIND not in SaysWherePadded(DataCollatorForLanguageModeling(0, padding_free=True))(unlike)
+    assert right(unlike)[NUM_LABELLED] == left(alike)[NUM_LABELLED] == 4
+    packed = WithHostFacts(DataCollatorForLanguageModeling(0, padding_free=True))(unlike)
+    assert PADDED_BEHIND not in packed and packed[NUM_LABELLED] == int((packed["labels"] != -100).sum())
     copy = pickle.loads(pickle.dumps(right))  # as a loader process gets it
     assert copy(unlike)[PADDED_BEHIND] and copy.pad_token_id == 0
 
