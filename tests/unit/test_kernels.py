@@ -330,9 +330,25 @@ assert found["backward_features_kernel", 128, 80, 128] > 101376  # as much as th
 assert len(found) == 10, found
 """
 )
+# What stands between the head's products, on an A100, a 4090, an H100 and a B200.
+OF_HEAD = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from fvae_dist.kernels.triton_head import cross_entropy_kernel as kernel
+types = {"logits_ptr": "*bf16", "labels_ptr": "*i64", "found_ptr": "*fp32", "T": "i32", "V": "i32"}
+constants = {"IGNORED": -100, "INTERPRETED": False, "BV": 4096}
+signature = types | {name: "constexpr" for name in constants}
+for capability in (80, 89, 90, 100):
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert made.metadata.shared < 1024 and "st.local" not in made.asm["ptx"]
+"""
 
 
-@pytest.mark.parametrize("code", [WITHOUT_WARP_GROUPS, WITHIN_SHARED_MEMORY], ids=["warp groups", "shared memory"])
+@pytest.mark.parametrize(
+    "code", [WITHOUT_WARP_GROUPS, WITHIN_SHARED_MEMORY, OF_HEAD], ids=["warp groups", "shared memory", "head"]
+)
 def test_compiled_kernels(tmp_path, code):
     """No warp-group products for Hoppers: Triton 3.6 and 3.7 bring an assembler that makes wrong code of them. No more
     shared memory than there is. Compiles for GPUs that need not be here."""
