@@ -7,7 +7,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fvae_dist.training.recipe_trainer import RecipeTrainer
-from tests.distributed.layouts import SEED
+from tests.distributed.layouts import TINY_SFT
 from tests.distributed.tiny import attach, llama_config, rows, write_tokenizer
 
 
@@ -19,20 +19,10 @@ def train(folder, device="cpu", dtype=torch.float32, config=None, data=None, col
     values = {
         "output_dir": str(folder),
         "use_cpu": device == "cpu",
-        "bf16": False,
-        "gradient_checkpointing": False,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "seed": SEED,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "remove_unused_columns": False,
+        **TINY_SFT,
     }
     trainer = RecipeTrainer(
         model=model,

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from fvae_dist.kernels.head import head_loss
+from fvae_dist.planning.trace import base_of
 from fvae_dist.training.batches import IGNORED_LABEL, NUM_LABELLED
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ _METRICS = ("mean_token_accuracy", "entropy")
 
 
 def head_problem(model: Any) -> str | None:
-    """Why the fused head cannot take the place of TRL's; None if it can."""
+    """Why the fused head cannot take the place of TRL's, in a model or a PeftModel; None if it can."""
+    model = base_of(model)
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:  # an adapted one is another class
         return "the model's head is no plain matrix"
@@ -98,11 +100,9 @@ class HeadMixin(_TrainerBase):
         is_nll = settings.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
         self.is_plain_loss = is_nll and not self.aux_loss_enabled
         if fused_head:
-            model: Any = self.model
-            base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if problem := head_problem(base) or (None if is_nll else "the loss is not the plain likelihood"):
+            if problem := head_problem(self.model) or (None if is_nll else "the loss is not the plain likelihood"):
                 raise ValueError(f"the fused head: {problem}")
-            give_head(base)
+            give_head(base_of(self.model))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As TRL's; the negative log-likelihood over `num_items_in_batch` labels without waiting."""

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from transformers.utils.import_utils import is_triton_available
 
+from fvae_dist.planning.trace import base_of
 from fvae_dist.training.head import head_problem
 from fvae_dist.training.maskless import is_causal
 from fvae_dist.training.recipe import ModelSection, Recipe, RecipeError
@@ -79,7 +80,7 @@ def row_multiple(recipe: Recipe, model: Any, attention: str, use_cpu: bool) -> i
     cuDNN's attention makes a plan for every new length, forward and backward: some 150 ms of an H200's host, so that
     runs of rows of unlike lengths were slower than with flash-attn.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if attention != "sdpa" or rows_of(recipe) == "packed" or not _sdpa_takes_cudnn(recipe.model, use_cpu):
         return None
     longest = -(-recipe.data.max_length // _ROW_MULTIPLE) * _ROW_MULTIPLE
@@ -149,8 +150,7 @@ def choose_head(recipe: Recipe, model: Any, use_cpu: bool) -> bool:
         RecipeError: it was asked for and cannot be used with this model, or here.
     """
     asked = recipe.training.head
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    problem = _head_obstacle(use_cpu) or head_problem(base)
+    problem = _head_obstacle(use_cpu) or head_problem(model)
     if asked == "fused" and problem:
         raise RecipeError(f"training.head: fused: {problem}")
     reason = f"auto: {problem or 'the head is frozen, and a plain matrix'}" if asked == "auto" else "asked for"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import masking_utils, modeling_flash_attention_utils
 
+from fvae_dist.planning.trace import base_of
 from fvae_dist.training.batches import PADDED_BEHIND, WithHostFacts
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class MasklessMixin(_TrainerBase):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        own: Any = self.model
-        self._base: Any = own.get_base_model() if hasattr(own, "get_base_model") else own
+        self._base: Any = base_of(self.model)
         # A router's loss leaves padding out by the mask, and TRL's own way to a loss counts tokens by it.
         self._needs_no_mask = is_causal(self._base) and self.is_plain_loss
         self.data_collator = WithHostFacts(self.data_collator)

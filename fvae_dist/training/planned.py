@@ -61,7 +61,7 @@ def subject_of(
 
     def attach(model: nn.Module) -> nn.Module:
         adapted = attach_adapter(model, recipe.adapter, low_cpu_mem_usage=True)
-        head_problems.append(head_problem(adapted.get_base_model()))
+        head_problems.append(head_problem(adapted))
         if has_flat_adapters(recipe, settings.on_cpu):
             flatten(adapted)
         return adapted

@@ -67,6 +67,20 @@ TILED = ("tiled", "tiled_sp")
 IMPOSSIBLE = {
     ("plain", "selective"): "transformers has no selective checkpointing",
 }
+# Of trl.SFTConfig, for runs of the tiny model in one process.
+TINY_SFT = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "seed": SEED,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "max_length": None,
+    "remove_unused_columns": False,
+}
 
 
 def uncovered_pairs() -> set[tuple[Any, Any]]:
@@ -179,19 +193,9 @@ def one_process(
     values = {
         "output_dir": str(output),
         "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "seed": SEED,
         "data_seed": SEED,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "remove_unused_columns": False,
+        **TINY_SFT,
     }
     trainer = OneProcess(
         model=attach(load(model_folder)),
