@@ -526,12 +526,10 @@ def non_finite(folder: Path) -> None:
 
 def fused_head(folder: Path) -> dict[str, Any]:
     """Logs of two steps of two micro-batches, evaluated after each, with TRL's head and the fused one: weights gathered
-    in every pass, from a head of its own or the embedding's; kept; sequences shared."""
-    whole = {"trainer_arguments": resident.RESIDENT}
+    in every pass, from a head of its own or the embedding's; sequences shared."""
     cases: dict[str, dict[str, Any]] = {
         "sharded": {},
         "sharded_tied": {"model": {"tie_word_embeddings": True}, "checkpointing": False},
-        "resident": whole,
         "shared": layouts.settings("sp_z3_sft_off"),
     }
     arguments = {"eval_strategy": "steps", "eval_steps": 1}
