@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fvae_dist.kernels.head import IGNORED_LABEL
+
 SideLossTokens = Literal["all", "labelled"]
 # Keys that travel in a batch from collation to the loss; models never see them.
 COUNTED = "fvae_counted_tokens"
@@ -16,7 +18,6 @@ LENGTHS = "fvae_example_lengths"
 # of its tokens have a label (or more: some lose theirs later).
 PADDED_BEHIND = "fvae_padded_behind"
 NUM_LABELLED = "fvae_num_labelled"
-IGNORED_LABEL = -100
 
 
 def token_mask_of(inputs: dict[str, Any], tokens: SideLossTokens = "all") -> Tensor:

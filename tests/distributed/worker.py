@@ -541,9 +541,8 @@ def fused_head(folder: Path) -> dict[str, Any]:
                 "arguments": arguments | common.get("arguments", {}),
                 "trainer_arguments": common.get("trainer_arguments", {}) | {"fused_head": is_fused},
             }
-            found[f"{name}_{'fused' if is_fused else 'trl'}"] = Run(folder, f"head_{name}", **common | changes).train()[
-                "log"
-            ]
+            run = Run(folder, f"head_{name}", **common | changes)
+            found[f"{name}_{'fused' if is_fused else 'trl'}"] = run.train()["log"]
     return found
 
 
